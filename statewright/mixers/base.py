@@ -1,0 +1,193 @@
+"""What every mixer is: `step` defines it, `forward` is the fast path, both return a state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from statewright.ops import state_dtype, vector_scan
+from statewright.shapes import require
+from statewright.state import State, VectorState
+
+
+class Mixer(nn.Module):
+    """A causal token mixer of width D. A subclass gives `init_state` and `update`.
+
+    `update(x, state) -> (y, state)` is one token of the paper's recurrence, for rows that are
+    neither masked nor reset. Masked tokens leave the state and `seen` untouched, wherever in
+    the row they stand, and their outputs mean nothing; a reset starts the row afresh before
+    its token, unless that token is masked.
+    """
+
+    hidden_size: int
+
+    def init_state(self, batch_size: int) -> State:
+        """The state of `batch_size` rows that have seen nothing."""
+        raise NotImplementedError
+
+    def random_state(self, batch_size: int, generator: torch.Generator) -> State:
+        """A valid state as if some tokens had been seen, for tests of the laws."""
+        raise NotImplementedError
+
+    def update(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token for every row: x (B, D) -> y (B, D) and the next state, `seen` unchanged."""
+        raise NotImplementedError
+
+    def step(
+        self, x: Tensor, state: State, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The definition: one token x (B, D), with mask and reset (B,) bool, -> y (B, D), state."""
+        B, _ = require(type(self).__name__, "x", x, "B D", D=self.hidden_size)
+        self.check(state, B)
+        if reset is not None:
+            starts = reset if mask is None else reset & mask
+            state = self.init_state(B).where(starts, state)
+        y, new = self.update(x, state)
+        new = replace(new, seen=state.seen + 1)
+        return y, new if mask is None else new.where(mask, state)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Many tokens: x (B, T, D), mask and reset (B, T) bool -> y (B, T, D) and the state.
+
+        Equals folding `step` over the tokens (law 1); T = 0 returns the state as it is.
+        Raises ValueError for shapes that do not fit this mixer.
+        """
+        state = self.begin(x, state, mask, reset)
+        outputs = []
+        for t in range(x.shape[1]):
+            at_t = [None if flags is None else flags[:, t] for flags in (mask, reset)]
+            y, state = self.step(x[:, t], state, *at_t)
+            outputs.append(y)
+        return (torch.stack(outputs, 1) if outputs else torch.empty_like(x)), state
+
+    def begin(
+        self, x: Tensor, state: State | None, mask: Tensor | None, reset: Tensor | None
+    ) -> State:
+        """Check the arguments of `forward`; the state to begin with."""
+        name = type(self).__name__
+        B, T, _ = require(name, "x", x, "B T D", D=self.hidden_size)
+        for label, flags in (("mask", mask), ("reset", reset)):
+            if flags is not None:
+                require(name, label, flags, "B T", B=B, T=T)
+        if state is None:
+            return self.init_state(B)
+        self.check(state, B)
+        return state
+
+    def check(self, state: State, batch_size: int) -> None:
+        """Raise ValueError if the state is not one of this mixer's for that many rows."""
+        raise NotImplementedError
+
+
+def advance_seen(seen: Tensor, T: int, mask: Tensor | None, reset: Tensor | None) -> Tensor:
+    """`seen` (B,) after T more tokens: counts unmasked tokens, from each row's last reset on."""
+    if mask is None and reset is None:
+        return seen + T
+    counted = torch.ones_like(reset) if mask is None else mask
+    if reset is None:
+        return seen + counted.sum(1)
+    starts = reset & counted
+    since = starts.flip(1).cumsum(1).flip(1) - starts.long()
+    return torch.where(starts.any(1), 0, seen) + (counted & (since == 0)).sum(1)
+
+
+class VectorMixer(Mixer):
+    """`h_t = a_t * h_{t-1} + b_t` with gates that depend on x_t alone: a scan over tokens.
+
+    A subclass gives `gates(x) -> (log_a, b)` (used by `forward`) and `update` (the definition).
+    `inner_size` is D times the expansion; a down-projection follows when the two differ.
+    """
+
+    def __init__(self, hidden_size: int, num_gates: int, expansion: float, bias: bool) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.inner_size = int(hidden_size * expansion)
+        if self.inner_size < 1:
+            raise ValueError(f"expansion={expansion} leaves no channels of {hidden_size}")
+        self.in_proj = nn.Linear(hidden_size, num_gates * self.inner_size, bias=bias)
+        down = self.inner_size != hidden_size
+        self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=bias) if down else None
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log_a and b (B, T, inner), in at least float32."""
+        raise NotImplementedError
+
+    def initial(self) -> Tensor:
+        """The state before the first token: (inner,), in the state's dtype."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> list[Tensor]:
+        """The gates' pre-activations, each (..., inner), in at least float32."""
+        p = self.in_proj(x)
+        return list(p.to(state_dtype(p.dtype)).chunk(p.shape[-1] // self.inner_size, -1))
+
+    def output(self, h: Tensor, x: Tensor) -> Tensor:
+        h = h.to(x.dtype)
+        return h if self.out_proj is None else self.out_proj(h)
+
+    def init_state(self, batch_size: int) -> VectorState:
+        initial = self.initial()
+        seen = torch.zeros(batch_size, dtype=torch.long, device=initial.device)
+        return VectorState(h=initial.expand(batch_size, -1), seen=seen)
+
+    def random_state(self, batch_size: int, generator: torch.Generator) -> VectorState:
+        state = self.init_state(batch_size)
+        h = torch.randn(state.h.shape, generator=generator).to(state.h)
+        seen = torch.randint(1, 99, (batch_size,), generator=generator).to(state.seen)
+        return replace(state, h=self.valid(h), seen=seen)
+
+    def valid(self, h: Tensor) -> Tensor:
+        """Map any h to one this mixer can reach (the positive form: to h > 0)."""
+        return h
+
+    def check(self, state: State, batch_size: int) -> None:
+        if not isinstance(state, VectorState):
+            raise ValueError(f"{type(self).__name__}: state is {state!r}, expected a VectorState")
+        sizes = {"B": batch_size, "D": self.inner_size}
+        require(type(self).__name__, "state.h", state.h, "B D", **sizes)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        state = self.begin(x, state, mask, reset)
+        T = x.shape[1]
+        if T == 0:
+            return torch.empty_like(x), state
+        if T == 1:
+            flags = [None if f is None else f[:, 0] for f in (mask, reset)]
+            y, state = self.step(x[:, 0], state, *flags)
+            return y.unsqueeze(1), state
+        log_a, b = self.gates(x)
+        starts = reset if reset is None or mask is None else reset & mask
+        if mask is not None:
+            ignored = ~mask.unsqueeze(-1)
+            log_a, b = log_a.masked_fill(ignored, 0), b.masked_fill(ignored, 0)
+        b, h0 = self._restart(log_a, b, state.h, starts)
+        h, h_T = vector_scan(log_a, b, h0, starts)
+        seen = advance_seen(state.seen, T, mask, reset)
+        return self.output(h, x), replace(state, h=h_T, seen=seen)
+
+    def _restart(
+        self, log_a: Tensor, b: Tensor, h: Tensor, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows restart from `initial()`: the scan resets to zero, so its first decay adds it.
+
+        A learned initial state enters the graph even where no row starts; otherwise DDP finds
+        a parameter without a gradient as soon as a state is carried.
+        """
+        initial = self.initial()
+        if starts is None:
+            return b, torch.where(h.new_zeros(h.shape[0], 1, dtype=torch.bool), initial, h)
+        return torch.where(starts.unsqueeze(-1), b + log_a.exp() * initial, b), h

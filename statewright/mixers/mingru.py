@@ -1,0 +1,114 @@
+"""minGRU (Feng et al., "Were RNNs All We Needed?", arXiv:2410.01201)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from statewright.mixers.base import VectorMixer
+from statewright.ops import state_dtype
+from statewright.state import VectorState
+
+Form = Literal["log", "vanilla"]
+
+
+def g(x: Tensor) -> Tensor:
+    """The paper's positive activation: x + 0.5 for x >= 0, sigmoid(x) below (appendix B.3)."""
+    return torch.where(x >= 0, x + 0.5, x.sigmoid())
+
+
+def log_g(x: Tensor) -> Tensor:
+    """log g(x) without taking the logarithm of a small number; its gradient at 0 is 2."""
+    safe = torch.where(x >= 0, x, torch.zeros_like(x))
+    return torch.where(x >= 0, (safe + 0.5).log(), -F.softplus(-x))
+
+
+class MinimalMixer(VectorMixer):
+    """What minGRU and minLSTM share: the candidate's two forms and the learned initial state.
+
+    `form="log"` is the paper's training form (appendix B): candidate g(W_h x), h > 0.
+    `form="vanilla"` is its appendix A: candidate W_h x, h of either sign.
+    With `learned_init` the initial state is a parameter p of size inner, N(0, 1) at first; h_0 is
+    g(p) in the log form (p is a pre-activation), p in the vanilla form. A carried state is never
+    passed through g. Without it, h_0 = 0.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_gates: int,
+        expansion: float,
+        form: Form,
+        learned_init: bool,
+        bias: bool,
+    ) -> None:
+        super().__init__(hidden_size, num_gates, expansion, bias)
+        if form not in ("log", "vanilla"):
+            raise ValueError(f"form={form!r}, expected 'log' or 'vanilla'")
+        self.form = form
+        size = self.inner_size
+        self.init_param = nn.Parameter(torch.empty(size)) if learned_init else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.init_param is not None:
+            nn.init.normal_(self.init_param)
+
+    def candidate(self, c: Tensor) -> Tensor:
+        return g(c) if self.form == "log" else c
+
+    def valid(self, h: Tensor) -> Tensor:
+        return g(h) if self.form == "log" else h
+
+    def initial(self) -> Tensor:
+        weight = self.in_proj.weight
+        if self.init_param is None:
+            return weight.new_zeros(self.inner_size, dtype=state_dtype(weight.dtype))
+        return self.candidate(self.init_param.to(state_dtype(weight.dtype)))
+
+    def _add_bias(self, offset: float, chunk: int) -> None:
+        """Raise the initial bias of one gate's pre-activation."""
+        bias = self.in_proj.bias
+        if offset and bias is not None and not getattr(bias, "_is_hf_initialized", False):
+            with torch.no_grad():
+                bias[chunk * self.inner_size : (chunk + 1) * self.inner_size] += offset
+
+
+class MinGRU(MinimalMixer):
+    """z_t = sigmoid(W_z x_t); h~_t = W_h x_t; h_t = (1 - z_t) h_{t-1} + z_t h~_t (eq. of sec. 3.1).
+
+    x, y (B, T, D); state h (B, inner), inner = expansion * D. `form` and `learned_init` as in
+    MinimalMixer. `forget_bias` is added to the initial bias of 1 - z (0 in the paper).
+    Differs from the authors' code: the down-projection is left out when inner = D, and the scan
+    runs in the linear domain (`ops.default_backend("log")` selects the paper's).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expansion: float = 1.0,
+        form: Form = "log",
+        learned_init: bool = True,
+        forget_bias: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        self.forget_bias = forget_bias
+        super().__init__(hidden_size, 2, expansion, form, learned_init, bias)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._add_bias(-self.forget_bias, 0)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        k, c = self.project(x)
+        return -F.softplus(k), k.sigmoid() * self.candidate(c)
+
+    def update(self, x: Tensor, state: VectorState) -> tuple[Tensor, VectorState]:
+        k, c = self.project(x)
+        z = k.sigmoid()
+        h = (1 - z) * state.h + z * self.candidate(c)
+        return self.output(h, x), replace(state, h=h)

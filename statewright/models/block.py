@@ -1,0 +1,92 @@
+"""One layer of the decoder: convolution, mixer and MLP, each behind a residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from statewright.mixers import CausalConv, Mixer, build_mixer
+from statewright.models.config import StatewrightConfig
+from statewright.state import State
+
+_TAPS, _TAPS_AXES = "block_taps", "batch tap channel"
+
+
+class Block(Mixer):
+    """x += conv(x); x += mixer(norm(x)); x += mlp(norm(x)): the minimal-RNN papers' LM block.
+
+    Conv and MLP are left out when the config's conv_kernel or mlp_ratio is 0. A Block is a Mixer
+    itself: its state is its mixer's, with the convolution's taps in `extra`. The order follows
+    the authors' released code (no norm before the convolution); the MLP is the paper's two
+    linear layers with GELU, where the release has GEGLU.
+    """
+
+    def __init__(self, config: StatewrightConfig, layer: int) -> None:
+        super().__init__()
+        D = self.hidden_size = config.hidden_size
+        self.conv = CausalConv(D, config.conv_kernel) if config.conv_kernel else None
+        self.norm = make_norm(config)
+        self.mixer = build_mixer(config.mixer_of(layer), D)
+        inner = int(D * config.mlp_ratio)
+        self.mlp_norm = make_norm(config) if inner else None
+        self.mlp = (
+            nn.Sequential(nn.Linear(D, inner), nn.GELU(), nn.Linear(inner, D)) if inner else None
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def init_state(self, batch_size: int) -> State:
+        state = self.mixer.init_state(batch_size)
+        if self.conv is None:
+            return state
+        return state.with_extra(_TAPS, self.conv.init_taps(batch_size), _TAPS_AXES)
+
+    def random_state(self, batch_size: int, generator: torch.Generator) -> State:
+        state = self.mixer.random_state(batch_size, generator)
+        if self.conv is None:
+            return state
+        taps = self.conv.init_taps(batch_size)
+        taps = torch.randn(taps.shape, generator=generator).to(taps)
+        return state.with_extra(_TAPS, taps, _TAPS_AXES)
+
+    def check(self, state: State, batch_size: int) -> None:
+        self.mixer.check(state, batch_size)
+        if self.conv is not None and _TAPS not in state.extra:
+            raise ValueError(f"Block: state is {state!r}, expected extra {_TAPS!r} (conv taps)")
+
+    def update(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        inner = state
+        if self.conv is not None:
+            y, taps = self.conv.update(x, state.extra[_TAPS])
+            x = x + self.dropout(y)
+            inner = state.without_extra(_TAPS)
+        y, inner = self.mixer.update(self.norm(x), inner)
+        if self.conv is not None:
+            inner = inner.with_extra(_TAPS, taps, _TAPS_AXES)
+        return self._mlp(x + self.dropout(y)), inner
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        state = inner = self.begin(x, state, mask, reset)
+        if self.conv is not None:
+            y, taps = self.conv(x, state.extra[_TAPS], mask, reset)
+            x = x + self.dropout(y)
+            inner = state.without_extra(_TAPS)
+        y, inner = self.mixer(self.norm(x), inner, mask, reset)
+        if self.conv is not None:
+            inner = inner.with_extra(_TAPS, taps, _TAPS_AXES)
+        return self._mlp(x + self.dropout(y)), inner
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return x if self.mlp is None else x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+def make_norm(config: StatewrightConfig) -> nn.Module:
+    kinds = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
+    if config.norm not in kinds:
+        raise ValueError(f"config: norm={config.norm!r}, expected one of {sorted(kinds)}")
+    return kinds[config.norm](config.hidden_size, eps=config.norm_eps)

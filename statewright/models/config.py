@@ -1,0 +1,50 @@
+"""The one configuration of the one decoder."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from transformers import PreTrainedConfig
+
+
+class StatewrightConfig(PreTrainedConfig):
+    """Hugging Face configuration of `StatewrightForCausalLM`.
+
+    mixer: a spec string such as "mingru:expansion=2", or a list of them, cycled over the layers
+    (hybrids); sizes that differ per layer stand in the strings. The papers' block options, all
+    per layer: conv_kernel (0: no convolution; 4: Conv4), mlp_ratio (0: no MLP), norm, dropout.
+    """
+
+    model_type = "statewright"
+    keys_to_ignore_at_inference = ["past_key_values", "state"]
+
+    vocab_size: int = 257
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    mixer: str | list[str] = "mingru"
+    conv_kernel: int = 4
+    mlp_ratio: float = 4.0
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs) -> None:
+        super().__post_init__(**kwargs)
+        if not self.mixer:
+            raise ValueError("config: mixer is empty, expected a spec such as 'mingru'")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config: {name}={getattr(self, name)}, expected at least 1")
+        if self.conv_kernel == 1 or self.conv_kernel < 0:
+            raise ValueError(f"config: conv_kernel={self.conv_kernel}, expected 0 or at least 2")
+
+    def mixer_of(self, layer: int) -> str:
+        """The spec string of one layer."""
+        if isinstance(self.mixer, str):
+            return self.mixer
+        return self.mixer[layer % len(self.mixer)]

@@ -1,0 +1,79 @@
+"""Scans: the two recurrences behind every mixer, each with several backends.
+
+| backend  | what it is                                                               |
+|----------|--------------------------------------------------------------------------|
+| `ref`    | a loop over tokens in any dtype: the definition                          |
+| `torch`  | chunked, in the linear domain, any device, differentiable twice           |
+| `log`    | the minimal-RNN paper's log-space form; needs b >= 0, loses accuracy in T |
+| `auto`   | the fastest of the above that fits the inputs (never `log`)              |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from statewright.ops import log_space, ref, torch_scan
+from statewright.shapes import require
+
+VECTOR_BACKENDS: dict[str, Callable] = {
+    "ref": ref.vector_scan,
+    "torch": torch_scan.vector_scan,
+    "log": log_space.vector_scan,
+}
+
+_default = "auto"
+
+
+@contextmanager
+def default_backend(name: str) -> Iterator[None]:
+    """Within the block, scans called without `backend=` use this one (for all threads)."""
+    global _default
+    _known(name)
+    before, _default = _default, name
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def vector_scan(
+    log_a: Tensor,
+    b: Tensor,
+    h0: Tensor,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Elementwise recurrence `h_t = exp(log_a_t) * h_{t-1} + b_t` over the token axis.
+
+    log_a, b (B, T, D); h0 (B, D); reset (B, T) bool: where set, the state before that token is
+    zero. Returns h (B, T, D) in b's dtype and h_T (B, D), carried in at least float32 whatever
+    the inputs' dtype. log_a = -inf is a decay of exactly 0. Differentiable in log_a, b and h0,
+    also through h_T. T = 0 returns h0. Raises ValueError for shapes that do not fit.
+    Eq. of section 2.3 ("parallel scan") of arXiv:2410.01201, whose own form is `backend="log"`.
+    """
+    B, T, D = require("vector_scan", "b", b, "B T D")
+    require("vector_scan", "log_a", log_a, "B T D", B=B, T=T, D=D)
+    require("vector_scan", "h0", h0, "B D", B=B, D=D)
+    if reset is not None:
+        require("vector_scan", "reset", reset, "B T", B=B, T=T)
+    if T == 0:
+        return torch.empty_like(b), h0.to(state_dtype(b.dtype, h0.dtype), copy=True)
+    return _known(backend or _default)(log_a, b, h0, reset)
+
+
+def state_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype a state is carried in: at least float32; float64 and complex stay."""
+    return ref.state_dtype(*dtypes)
+
+
+def _known(name: str) -> Callable:
+    if name == "auto":
+        return VECTOR_BACKENDS["torch"]
+    if name not in VECTOR_BACKENDS:
+        known = ", ".join(["auto", *VECTOR_BACKENDS])
+        raise ValueError(f"unknown scan backend {name!r} (known: {known})")
+    return VECTOR_BACKENDS[name]

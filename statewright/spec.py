@@ -1,0 +1,104 @@
+"""Specification strings: `"mingru:expansion=2:form=vanilla"` <-> a name and typed options.
+
+The same string builds any mixer, policy or task from the command line, from a config and in
+results and legends. Which names exist is up to the registry that is passed in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+_SUFFIXES = {"k": 1024, "m": 1024**2}
+
+
+def parse_int(text: str) -> int:
+    """An integer; `k` and `m` mean 1,024 and 1,048,576 (`"64k"` is 65,536)."""
+    lowered = text.strip().lower().replace("_", "")
+    factor = _SUFFIXES.get(lowered[-1:], 1)
+    return int(lowered[:-1] if factor > 1 else lowered) * factor
+
+
+def split(spec: str) -> tuple[str, dict[str, str]]:
+    """Split `"name:key=value:key=value"` into the name and its options, still strings."""
+    name, *parts = spec.split(":")
+    options: dict[str, str] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not (key and equals and value):
+            raise ValueError(f"{spec!r}: expected name:key=value, got {part!r}")
+        if key in options:
+            raise ValueError(f"{spec!r}: option {key!r} is given twice")
+        options[key] = value
+    return name.strip(), options
+
+
+def build(spec: str, registry: Mapping[str, Callable], kind: str, *args: Any) -> Any:
+    """Call the registry's entry for `spec` with `args` and the spec's options.
+
+    `kind` names the registry in errors ("mixer"). Raises ValueError for an unknown name or
+    option, or a value that the option's annotation does not accept, saying what is known.
+    """
+    name, texts = split(spec)
+    if name not in registry:
+        raise ValueError(f"unknown {kind} {name!r}{_hint(name, registry)}")
+    known = options_of(registry[name])
+    values = {}
+    for key, text in texts.items():
+        if key not in known:
+            raise ValueError(f"{kind} {name!r} has no option {key!r}{_hint(key, known)}")
+        values[key] = _convert(text, known[key], f"{kind} {name!r}: {key}")
+    return registry[name](*args, **values)
+
+
+def options_of(entry: Callable) -> dict[str, inspect.Parameter]:
+    """The options a spec may set: the keyword parameters that have a default."""
+    parameters = inspect.signature(entry, eval_str=True).parameters
+    return {n: p for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
+
+
+def _convert(text: str, parameter: inspect.Parameter, where: str) -> Any:
+    kinds = [parameter.annotation]
+    if typing.get_origin(parameter.annotation) in (typing.Union, types.UnionType):
+        kinds = list(typing.get_args(parameter.annotation))
+    if type(None) in kinds:
+        if text.lower() == "none":
+            return None
+        kinds.remove(type(None))
+    for kind in kinds:
+        try:
+            return _as(text, kind)
+        except ValueError:
+            continue
+    names = " or ".join(_name(kind) for kind in kinds)
+    raise ValueError(f"{where}={text!r}, expected {names}")
+
+
+def _as(text: str, kind: Any) -> Any:
+    if typing.get_origin(kind) is typing.Literal:
+        choices = {str(choice): choice for choice in typing.get_args(kind)}
+        if text not in choices:
+            raise ValueError(text)
+        return choices[text]
+    if kind is bool:
+        if text.lower() not in _TRUE | _FALSE:
+            raise ValueError(text)
+        return text.lower() in _TRUE
+    return parse_int(text) if kind is int else kind(text)
+
+
+def _name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return {int: "an integer", float: "a number", bool: "true or false"}.get(kind, kind.__name__)
+
+
+def _hint(word: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    guess = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{guess} (known: {', '.join(sorted(known)) or 'none'})"
