@@ -67,7 +67,7 @@ class NonlinearMixer(Mixer):
 
     def check(self, state: State, batch_size: int) -> None:
         where = type(self).__name__
-        if not isinstance(state, VectorState) or set(state.extra) < set(self.names[1:]):
+        if not isinstance(state, VectorState) or not set(self.names[1:]) <= set(state.extra):
             raise ValueError(f"{where}: state is {state!r}, expected a VectorState {self.names}")
         for name, tensor in zip(self.names, self._hidden(state)):
             require(where, f"state's {name}", tensor, "B D", B=batch_size, D=self.inner_size)

@@ -1,0 +1,292 @@
+"""The seven laws of a state, as functions: the product and the test suite.
+
+A law takes a subject (a mixer, or a whole model behind `ModelSubject`) and a `Case`, runs it and
+returns a `Finding`: the largest error, the tolerance and what was compared. Tests call the laws
+for everything we ship; `statewright check` calls the same functions on anybody's model.
+
+| # | law       | what it says                                                              |
+|---|-----------|---------------------------------------------------------------------------|
+| 1 | fold      | forward(x, s) equals folding step over x, from a random valid s           |
+| 2 | chunk     | any split of x gives the same outputs and the same final state            |
+| 3 | gradient  | gradients through law 2 agree; state.detach() cuts exactly there          |
+| 4 | value     | the state passed in is bit-identical afterwards; forks never meet         |
+| 5 | rows      | rows are independent; masked tokens do not exist; a reset starts afresh   |
+| 6 | bound     | a recurrent state never grows                                             |
+| 7 | roundtrip | copies, resizes and reloads continue bit-identically                      |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from statewright.state import State, cat
+
+# One table, the same on every machine: largest error relative to the largest value.
+TOLERANCES: dict[tuple[torch.dtype, str], float] = {
+    (torch.float64, "ref"): 1e-12,
+    (torch.float64, "torch"): 1e-12,
+    (torch.float64, "log"): 1e-9,
+    (torch.float32, "ref"): 1e-5,
+    (torch.float32, "torch"): 1e-5,
+    (torch.float32, "log"): 1e-3,
+    (torch.bfloat16, "ref"): 4e-2,
+    (torch.bfloat16, "torch"): 4e-2,
+}
+GRADIENT_FACTOR = 10.0
+
+
+class Subject(Protocol):
+    """What the laws need; every Mixer is one."""
+
+    hidden_size: int
+
+    def init_state(self, batch_size: int) -> State: ...
+    def random_state(self, batch_size: int, generator: torch.Generator) -> State: ...
+    def step(self, x, state, mask=None, reset=None) -> tuple[Tensor, State]: ...
+    def __call__(self, x, state=None, mask=None, reset=None) -> tuple[Tensor, State]: ...
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+
+
+class ModelSubject(nn.Module):
+    """A causal LM as a subject: embeddings in, logits out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.hidden_size = model.config.hidden_size
+        self.init_state, self.random_state = model.init_state, model.random_state
+        self.step = model.step
+
+    def forward(self, x, state=None, mask=None, reset=None) -> tuple[Tensor, State]:
+        out = self.model(inputs_embeds=x, state=state, attention_mask=mask, reset=reset)
+        return out.logits, out.state
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to try a law: B rows of T tokens, drawn from `seed`, in `dtype` on `backend`."""
+
+    batch: int = 3
+    length: int = 65
+    seed: int = 0
+    splits: tuple[int, ...] = (20, 33)
+    flags: bool = False
+    dtype: torch.dtype = torch.float64
+    backend: str = "torch"
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCES[self.dtype, self.backend]
+
+    def draw(self, subject: Subject) -> tuple[Tensor, State, Tensor | None, Tensor | None]:
+        """Input (B, T, D), a random valid state, and with `flags` a random mask and reset."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (self.batch, self.length)
+        x = torch.randn(*shape, subject.hidden_size, generator=generator).to(self.dtype)
+        state = subject.random_state(self.batch, generator)
+        if not self.flags:
+            return x, state, None, None
+        mask = torch.rand(shape, generator=generator) < 0.8
+        return x, state, mask, torch.rand(shape, generator=generator) < 0.1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one law: `ok` if the error is within the tolerance."""
+
+    law: str
+    error: float
+    tolerance: float
+    compared: str
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+
+def error(got: Tensor | State, want: Tensor | State) -> float:
+    """Largest difference over the largest value; infinite if structure, shape or counts differ."""
+    if isinstance(want, State):
+        pairs, wanted = dict(got.items()), dict(want.items())
+        if pairs.keys() != wanted.keys():
+            return float("inf")
+        return max(error(pairs[name], tensor) for name, tensor in wanted.items())
+    if got.shape != want.shape:
+        return float("inf")
+    if not (want.is_floating_point() or want.is_complex()):
+        return 0.0 if torch.equal(got, want) else float("inf")
+    if want.numel() == 0:
+        return 0.0
+    difference = (got - want).abs().max().item()
+    scale = max(want.abs().max().item(), torch.finfo(want.dtype).tiny)
+    relative = difference / scale
+    return float("inf") if relative != relative else relative
+
+
+def fold(subject: Subject, case: Case) -> Finding:
+    """Law 1: forward equals folding step, outputs and state, from a random state."""
+    x, state, mask, reset = case.draw(subject)
+    y, end = subject(x, state, mask, reset)
+    outputs, folded = [], state
+    for t in range(case.length):
+        flags = [None if f is None else f[:, t] for f in (mask, reset)]
+        y_t, folded = subject.step(x[:, t], folded, *flags)
+        outputs.append(y_t)
+    stepped = torch.stack(outputs, 1) if outputs else torch.empty_like(y)
+    worst = max(error(*_visible(y, stepped, mask)), error(end, folded))
+    return Finding("fold", worst, case.tolerance, "forward against steps")
+
+
+def chunk(subject: Subject, case: Case) -> Finding:
+    """Law 2: the case's splits (empty and one-token pieces included) equal one call."""
+    x, state, mask, reset = case.draw(subject)
+    y, end = subject(x, state, mask, reset)
+    pieces, last = _in_pieces(subject, case, x, state, mask, reset)
+    worst = max(error(*_visible(pieces, y, mask)), error(last, end))
+    return Finding("chunk", worst, case.tolerance, f"split at {case.splits} against one call")
+
+
+def gradient(subject: Subject, case: Case) -> Finding:
+    """Law 3: gradients of inputs, initial state and weights; and detach cuts exactly there."""
+    x, state, mask, reset = case.draw(subject)
+    x = x.requires_grad_()
+    state = state.map(lambda t: t.requires_grad_() if t.is_floating_point() else t)
+    leaves = [x, *(t for _, t in state.items() if t.requires_grad), *subject.parameters()]
+
+    def gradients(y: Tensor, end: State) -> list[Tensor]:
+        seen = y if mask is None else y * mask.unsqueeze(-1)
+        loss = seen.square().mean()
+        floats = [t for _, t in end.items() if t.is_floating_point()]
+        loss = loss + sum(t.square().mean() for t in floats)
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves)]
+
+    whole = gradients(*subject(x, state, mask, reset))
+    split = gradients(*_in_pieces(subject, case, x, state, mask, reset))
+    worst = max(error(a, b) for a, b in zip(split, whole))
+    cut = case.length // 2
+    first, middle = subject(x[:, :cut], state)
+    for carried, connected in ((middle, True), (middle.detach(), False)):
+        y, _ = subject(x[:, cut:], carried)
+        (grad,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+        if bool(grad[:, :cut].any()) != connected:
+            worst = float("inf")
+    return Finding("gradient", worst, case.tolerance * GRADIENT_FACTOR, "split against one call")
+
+
+def value(subject: Subject, case: Case) -> Finding:
+    """Law 4: nothing writes into a state, and two forks of one prefix never see each other."""
+    x, state, mask, reset = case.draw(subject)
+    before = state.map(torch.clone)
+    half = case.length // 2
+    first, _ = subject(x[:, :half], state)
+    subject(x[:, half:], state, *(None if f is None else f[:, half:] for f in (mask, reset)))
+    subject.step(x[:, 0], state)
+    again, _ = subject(x[:, :half], state)
+    same = torch.equal(first, again) and _identical(state, before)
+    return Finding("value", 0.0 if same else float("inf"), 0.0, "a state used four times")
+
+
+def rows(subject: Subject, case: Case) -> Finding:
+    """Law 5: a row alone, a row among padding (left, right, holes), a row reset in a batch."""
+    x, state, _, _ = case.draw(subject)
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    mask = torch.rand(x.shape[:2], generator=generator) < 0.7
+    if case.batch > 1 and case.length > 4:
+        mask[0, :3], mask[1, -3:] = False, False
+    y, end = subject(x, state, mask)
+    worst, middle = 0.0, case.length // 2
+    reset = torch.zeros(x.shape[:2], dtype=torch.bool)
+    reset[:, middle] = True
+    whole, after = subject(x, state, None, reset)
+    for i in range(case.batch):
+        alone, alone_end = subject(x[i : i + 1, mask[i]], state.rows(i))
+        fresh, fresh_end = subject(x[i : i + 1, middle:], None)
+        worst = max(
+            worst,
+            error(y[i : i + 1, mask[i]], alone),
+            error(end.rows(i), alone_end),
+            error(whole[i : i + 1, middle:], fresh),
+            error(after.rows(i), fresh_end),
+        )
+    return Finding("rows", worst, case.tolerance, "each row alone, padded and reset")
+
+
+def bound(subject: Subject, case: Case) -> Finding:
+    """Law 6 for recurrent states: the bytes after any number of tokens are those of the start."""
+    x, state, mask, reset = case.draw(subject)
+    sizes = {subject.init_state(case.batch).nbytes, state.nbytes}
+    for length in (1, case.length):
+        flags = (None if f is None else f[:, :length] for f in (mask, reset))
+        sizes.add(subject(x[:, :length], state, *flags)[1].nbytes)
+    growth = float(max(sizes) - min(sizes))
+    return Finding("bound", growth, 0.0, "bytes after 0, 1 and all tokens")
+
+
+def roundtrip(
+    subject: Subject, case: Case, reload: Callable[[Subject], Subject] | None = None
+) -> Finding:
+    """Law 7: copied, joined, grown-and-cut states and a reloaded subject continue bit-equally.
+
+    `reload` saves and loads the subject (weights through a file); None leaves that part out.
+    """
+    x, state, mask, reset = case.draw(subject)
+    y, end = subject(x, state, mask, reset)
+    sizes = {name: t.shape[names.index(name)] for _, t, names in state.named() for name in names}
+    grown = state.resize(**{n: s + 3 for n, s in sizes.items() if n == "channel"})
+    same_rows = cat([state.rows(i) for i in range(case.batch)])
+    copies = [state.to(torch.device("cpu")), state.map(torch.clone), same_rows]
+    if len({t.shape[n.index("channel")] for _, t, n in state.named() if "channel" in n}) == 1:
+        copies.append(grown.resize(channel=sizes["channel"]))
+    leaves, spec = pytree.tree_flatten(state)
+    copies.append(pytree.tree_unflatten([t.clone() for t in leaves], spec))
+    runs = [(subject, copy) for copy in copies]
+    if reload is not None:
+        runs.append((reload(subject), state))
+    same = True
+    for who, start in runs:
+        y2, end2 = who(x, start, mask, reset)
+        same = same and torch.equal(y, y2) and _identical(end, end2)
+    return Finding("roundtrip", 0.0 if same else float("inf"), 0.0, f"{len(runs)} copies")
+
+
+LAWS: dict[str, Callable[[Subject, Case], Finding]] = {
+    "fold": fold,
+    "chunk": chunk,
+    "gradient": gradient,
+    "value": value,
+    "rows": rows,
+    "bound": bound,
+    "roundtrip": roundtrip,
+}
+
+
+def check(subject: Subject, case: Case, laws: Iterable[str] = tuple(LAWS)) -> list[Finding]:
+    """Run the named laws on one case."""
+    return [LAWS[law](subject, case) for law in laws]
+
+
+def _in_pieces(subject, case, x, state, mask, reset) -> tuple[Tensor, State]:
+    edges = [0, *sorted(min(s, case.length) for s in case.splits), case.length]
+    outputs = []
+    for begin, end in zip(edges, edges[1:]):
+        flags = (None if f is None else f[:, begin:end] for f in (mask, reset))
+        y, state = subject(x[:, begin:end], state, *flags)
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
+
+
+def _visible(got: Tensor, want: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (got, want) if mask is None else (got[mask], want[mask])
+
+
+def _identical(a: State, b: State) -> bool:
+    return all(torch.equal(s, t) for (_, s), (_, t) in zip(a.items(), b.items(), strict=True))
+
+
