@@ -45,8 +45,8 @@ class State:
             if isinstance(value, Tensor):
                 yield f.name, value, f.metadata["axes"]
             elif f.name == "extra":
-                for name, tensor in value.items():
-                    yield f"extra.{name}", tensor, self.extra_axes[name]
+                for name in sorted(value):
+                    yield f"extra.{name}", value[name], self.extra_axes[name]
             elif isinstance(value, tuple):
                 yield from _named_in(value, f.name)
 
@@ -125,6 +125,25 @@ class State:
         leaves, spec = pytree.tree_flatten(self)
         return pytree.tree_unflatten([next(sized) for _ in leaves], spec)
 
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
+        """The same structure with other tensors, by the names that `items` gives.
+
+        Raises ValueError if a name is missing or unknown, or a shape or dtype differs.
+        """
+        have = dict(self.items())
+        if have.keys() != tensors.keys():
+            odd = sorted(have.keys() ^ tensors.keys())
+            raise ValueError(f"with_tensors: names differ: {', '.join(odd)}")
+        for name, old in have.items():
+            new = tensors[name]
+            if (new.shape, new.dtype) != (old.shape, old.dtype):
+                raise ValueError(
+                    f"with_tensors: {name} is {tuple(new.shape)} {new.dtype}, "
+                    f"expected {tuple(old.shape)} {old.dtype}"
+                )
+        _, spec = pytree.tree_flatten(self)
+        return pytree.tree_unflatten([tensors[name] for name in have], spec)
+
     def with_extra(self, name: str, tensor: Tensor, names: str) -> Self:
         """A copy that also holds `tensor` as `extra[name]`, its axes named by `names`."""
         return replace(
@@ -153,6 +172,9 @@ def cat(states: Sequence[State]) -> State:
     specs = [pytree.tree_flatten(s)[1] for s in states]
     if any(spec != specs[0] for spec in specs):
         raise ValueError(f"cat: states of different structure: {', '.join(map(repr, states))}")
+    shapes = [[t.shape[1:] for _, t in s.items()] for s in states]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"cat: states of different sizes: {', '.join(map(repr, states))}")
     return pytree.tree_map(lambda *tensors: torch.cat(tensors), *states)
 
 
@@ -192,7 +214,10 @@ def state_type(cls: type[State]) -> type[State]:
     names = tuple(f.name for f in fields(cls) if f.name != "extra_axes")
 
     def flatten(state: State) -> tuple[list, tuple]:
-        return [getattr(state, n) for n in names], tuple(state.extra_axes.items())
+        # Sorted, so that the order in which extras were added is no part of the structure.
+        extra = {name: state.extra[name] for name in sorted(state.extra)}
+        values = [extra if n == "extra" else getattr(state, n) for n in names]
+        return values, tuple(sorted(state.extra_axes.items()))
 
     def flatten_with_keys(state: State) -> tuple[list, tuple]:
         values, context = flatten(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from statewright.models.config import StatewrightConfig
+from statewright.models.load import load
 from statewright.models.lm import StatewrightForCausalLM, StatewrightModel, StatewrightOutput
 
 AutoConfig.register("statewright", StatewrightConfig)
@@ -16,4 +17,5 @@ __all__ = [
     "StatewrightForCausalLM",
     "StatewrightModel",
     "StatewrightOutput",
+    "load",
 ]

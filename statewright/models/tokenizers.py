@@ -1,0 +1,72 @@
+"""Two tokenizers for training from scratch; both save with the model and load with AutoTokenizer.
+
+They are ordinary fast tokenizers of the `tokenizers` library, so nothing of ours is needed to
+read them back. Any other Hugging Face tokenizer works in their place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<|unknown|>"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token per UTF-8 byte: ids 0..255 are the bytes, 256 is `<|endoftext|>`. Lossless."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.pre_tokenizer = _single_characters()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return _finish(tokenizer)
+
+
+def character_tokenizer(text: str) -> PreTrainedTokenizerBase:
+    """One token per character of `text`, in code point order, then `<|unknown|>`, `<|endoftext|>`.
+
+    Other characters become `<|unknown|>`. Raises ValueError for an empty text.
+    """
+    characters = sorted(set(text))
+    if not characters:
+        raise ValueError("character_tokenizer: the text is empty")
+    vocabulary = {character: i for i, character in enumerate([*characters, UNKNOWN])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = _single_characters()
+    tokenizer.decoder = decoders.Fuse()
+    return _finish(tokenizer, unk_token=UNKNOWN)
+
+
+def load_tokenizer(name: str, text: str = "") -> PreTrainedTokenizerBase:
+    """`bytes`, `characters` (of `text`), or the path or id of any Hugging Face tokenizer."""
+    if name == "bytes":
+        return byte_tokenizer()
+    if name == "characters":
+        return character_tokenizer(text)
+    if Path(name).exists() and not Path(name).is_dir():
+        raise ValueError(f"tokenizer {name!r}: expected bytes, characters, a directory or an id")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"tokenizer {name!r} is neither bytes, characters, a directory nor an id ({reason})"
+        ) from error
+
+
+def _single_characters() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+
+
+def _finish(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerBase:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
