@@ -171,7 +171,7 @@ def gradient(subject: Subject, case: Case) -> Finding:
     split = gradients(*_in_pieces(subject, case, x, state, mask, reset))
     worst = max(error(a, b) for a, b in zip(split, whole))
     cut = case.length // 2
-    first, middle = subject(x[:, :cut], state)
+    _, middle = subject(x[:, :cut], state)
     for carried, connected in ((middle, True), (middle.detach(), False)):
         y, _ = subject(x[:, cut:], carried)
         (grad,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
@@ -288,5 +288,3 @@ def _visible(got: Tensor, want: Tensor, mask: Tensor | None) -> tuple[Tensor, Te
 
 def _identical(a: State, b: State) -> bool:
     return all(torch.equal(s, t) for (_, s), (_, t) in zip(a.items(), b.items(), strict=True))
-
-

@@ -229,5 +229,3 @@ def _warpers(temperature: float, top_k: int | None, top_p: float | None) -> Logi
     if top_p is not None and top_p < 1:
         warp.append(TopPLogitsWarper(top_p))
     return warp
-
-

@@ -87,6 +87,14 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
 
+def inner_size(hidden_size: int, expansion: float) -> int:
+    """Channels of the state, rounded down; ValueError unless that is a number from 1 on."""
+    size = hidden_size * expansion
+    if not 1 <= size < float("inf"):
+        raise ValueError(f"expansion={expansion}: {hidden_size} channels become {size}")
+    return int(size)
+
+
 def advance_seen(seen: Tensor, T: int, mask: Tensor | None, reset: Tensor | None) -> Tensor:
     """`seen` (B,) after T more tokens: counts unmasked tokens, from each row's last reset on."""
     if mask is None and reset is None:
@@ -99,6 +107,27 @@ def advance_seen(seen: Tensor, T: int, mask: Tensor | None, reset: Tensor | None
     return torch.where(starts.any(1), 0, seen) + (counted & (since == 0)).sum(1)
 
 
+class GateProjection(nn.Linear):
+    """All gates in one Linear; `offset` is part of the first gate's initial bias.
+
+    It is the projection's own business because transformers initialises every module again that
+    has parameters, and no other: a mixer without any could not add it afterwards.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_gates: int, inner_size: int, bias: bool, offset: float
+    ) -> None:
+        self.inner_size, self.offset = inner_size, offset
+        super().__init__(hidden_size, num_gates * inner_size, bias=bias)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        loaded = getattr(self.bias, "_is_hf_initialized", False)
+        if self.offset and self.bias is not None and not loaded:
+            self.bias[: self.inner_size] += self.offset
+
+
 class VectorMixer(Mixer):
     """`h_t = a_t * h_{t-1} + b_t` with gates that depend on x_t alone: a scan over tokens.
 
@@ -106,13 +135,13 @@ class VectorMixer(Mixer):
     `inner_size` is D times the expansion; a down-projection follows when the two differ.
     """
 
-    def __init__(self, hidden_size: int, num_gates: int, expansion: float, bias: bool) -> None:
+    def __init__(
+        self, hidden_size: int, num_gates: int, expansion: float, bias: bool, offset: float
+    ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
-        self.inner_size = int(hidden_size * expansion)
-        if self.inner_size < 1:
-            raise ValueError(f"expansion={expansion} leaves no channels of {hidden_size}")
-        self.in_proj = nn.Linear(hidden_size, num_gates * self.inner_size, bias=bias)
+        self.inner_size = inner_size(hidden_size, expansion)
+        self.in_proj = GateProjection(hidden_size, num_gates, self.inner_size, bias, offset)
         down = self.inner_size != hidden_size
         self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=bias) if down else None
 
@@ -166,6 +195,8 @@ class VectorMixer(Mixer):
         if T == 0:
             return torch.empty_like(x), state
         if T == 1:
+            if torch.is_grad_enabled():
+                state = replace(state, h=self._with_initial(state.h))
             flags = [None if f is None else f[:, 0] for f in (mask, reset)]
             y, state = self.step(x[:, 0], state, *flags)
             return y.unsqueeze(1), state
@@ -182,12 +213,14 @@ class VectorMixer(Mixer):
     def _restart(
         self, log_a: Tensor, b: Tensor, h: Tensor, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Rows restart from `initial()`: the scan resets to zero, so its first decay adds it.
-
-        A learned initial state enters the graph even where no row starts; otherwise DDP finds
-        a parameter without a gradient as soon as a state is carried.
-        """
-        initial = self.initial()
+        """Rows restart from `initial()`: the scan resets to zero, so its first decay adds it."""
         if starts is None:
-            return b, torch.where(h.new_zeros(h.shape[0], 1, dtype=torch.bool), initial, h)
-        return torch.where(starts.unsqueeze(-1), b + log_a.exp() * initial, b), h
+            return b, self._with_initial(h)
+        return torch.where(starts.unsqueeze(-1), b + log_a.exp() * self.initial(), b), h
+
+    def _with_initial(self, h: Tensor) -> Tensor:
+        """h itself, with a learned initial state in its graph although no row starts.
+
+        Otherwise DDP finds a parameter without a gradient as soon as a state is carried.
+        """
+        return torch.where(h.new_zeros(h.shape[0], 1, dtype=torch.bool), self.initial(), h)

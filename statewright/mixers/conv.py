@@ -69,9 +69,7 @@ class CausalConv(nn.Module):
             y = y + self.bias
         return y, self._last_taps(padded, segment, lengths)
 
-    def _last_taps(
-        self, padded: Tensor, segment: Tensor | None, lengths: Tensor | None
-    ) -> Tensor:
+    def _last_taps(self, padded: Tensor, segment: Tensor | None, lengths: Tensor | None) -> Tensor:
         """The W - 1 inputs before each row's end, those of an earlier segment as zeros."""
         if lengths is None:
             lengths = padded.new_full((padded.shape[0],), padded.shape[1] - self.width + 1)

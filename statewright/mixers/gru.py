@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from statewright.mixers.base import Mixer, advance_seen
+from statewright.mixers.base import Mixer, advance_seen, inner_size
 from statewright.mixers.ragged import Compaction
 from statewright.ops import state_dtype
 from statewright.shapes import require
@@ -30,9 +30,7 @@ class NonlinearMixer(Mixer):
     def __init__(self, hidden_size: int, expansion: float, kernel: type[nn.RNNBase]) -> None:
         super().__init__()
         self.hidden_size = hidden_size
-        self.inner_size = int(hidden_size * expansion)
-        if self.inner_size < 1:
-            raise ValueError(f"expansion={expansion} leaves no channels of {hidden_size}")
+        self.inner_size = inner_size(hidden_size, expansion)
         self.rnn = kernel(hidden_size, self.inner_size, batch_first=True)
         down = self.inner_size != hidden_size
         self.out_proj = nn.Linear(self.inner_size, hidden_size) if down else None
@@ -103,7 +101,9 @@ class NonlinearMixer(Mixer):
     ) -> tuple[Tensor, Pair]:
         """Piece by piece between the tokens at which some row starts afresh."""
         weights, T = self._weights(x.dtype), x.shape[1]
-        cuts = [0] if starts is None else [0, *(starts[:, 1:].any(0).nonzero() + 1).flatten().tolist()]
+        cuts = [0]
+        if starts is not None:
+            cuts += (starts[:, 1:].any(0).nonzero() + 1).flatten().tolist()
         outputs = []
         for begin, end in zip(cuts, [*cuts[1:], T]):
             if starts is not None:

@@ -24,7 +24,7 @@ def g(x: Tensor) -> Tensor:
 def log_g(x: Tensor) -> Tensor:
     """log g(x) without taking the logarithm of a small number; its gradient at 0 is 2."""
     safe = torch.where(x >= 0, x, torch.zeros_like(x))
-    return torch.where(x >= 0, (safe + 0.5).log(), -F.softplus(-x))
+    return torch.where(x >= 0, (safe + 0.5).log(), F.logsigmoid(x))
 
 
 class MinimalMixer(VectorMixer):
@@ -45,8 +45,9 @@ class MinimalMixer(VectorMixer):
         form: Form,
         learned_init: bool,
         bias: bool,
+        offset: float,
     ) -> None:
-        super().__init__(hidden_size, num_gates, expansion, bias)
+        super().__init__(hidden_size, num_gates, expansion, bias, offset)
         if form not in ("log", "vanilla"):
             raise ValueError(f"form={form!r}, expected 'log' or 'vanilla'")
         self.form = form
@@ -70,13 +71,6 @@ class MinimalMixer(VectorMixer):
             return weight.new_zeros(self.inner_size, dtype=state_dtype(weight.dtype))
         return self.candidate(self.init_param.to(state_dtype(weight.dtype)))
 
-    def _add_bias(self, offset: float, chunk: int) -> None:
-        """Raise the initial bias of one gate's pre-activation."""
-        bias = self.in_proj.bias
-        if offset and bias is not None and not getattr(bias, "_is_hf_initialized", False):
-            with torch.no_grad():
-                bias[chunk * self.inner_size : (chunk + 1) * self.inner_size] += offset
-
 
 class MinGRU(MinimalMixer):
     """z_t = sigmoid(W_z x_t); h~_t = W_h x_t; h_t = (1 - z_t) h_{t-1} + z_t h~_t (eq. of sec. 3.1).
@@ -97,15 +91,11 @@ class MinGRU(MinimalMixer):
         bias: bool = True,
     ) -> None:
         self.forget_bias = forget_bias
-        super().__init__(hidden_size, 2, expansion, form, learned_init, bias)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self._add_bias(-self.forget_bias, 0)
+        super().__init__(hidden_size, 2, expansion, form, learned_init, bias, -forget_bias)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         k, c = self.project(x)
-        return -F.softplus(k), k.sigmoid() * self.candidate(c)
+        return F.logsigmoid(-k), k.sigmoid() * self.candidate(c)
 
     def update(self, x: Tensor, state: VectorState) -> tuple[Tensor, VectorState]:
         k, c = self.project(x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Compaction:
-    """order (B, T): where each token goes to be read from; lengths (B,): unmasked tokens per row."""
+    """order (B, T): where to read each token from; lengths (B,): unmasked tokens per row."""
 
     order: Tensor
     lengths: Tensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from statewright.models.config import StatewrightConfig
-from statewright.models.load import load
 from statewright.models.lm import StatewrightForCausalLM, StatewrightModel, StatewrightOutput
+from statewright.models.load import load
 
 AutoConfig.register("statewright", StatewrightConfig)
 AutoModel.register(StatewrightConfig, StatewrightModel)

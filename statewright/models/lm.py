@@ -59,7 +59,9 @@ class StatewrightPreTrainedModel(PreTrainedModel):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kw):
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, **kw: Any
+    ) -> None:
         kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if kwargs["use_reentrant"]:
             raise ValueError(
@@ -156,9 +158,7 @@ class StatewrightModel(StatewrightPreTrainedModel):
                 x, new = layer(x, layer_state, mask, reset)
             hidden.append(x)
             states.append(new)
-        new_state = ModelState(
-            layers=tuple(states), seen=advance_seen(state.seen, T, mask, reset)
-        )
+        new_state = ModelState(layers=tuple(states), seen=advance_seen(state.seen, T, mask, reset))
         if cache is not None:
             cache.advance(new_state, T)
         return StatewrightModelOutput(

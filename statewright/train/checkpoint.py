@@ -63,7 +63,7 @@ def save_checkpoint(
     record: dict[str, Any],
     save_tokenizer: Callable[[Path], Any],
 ) -> Checkpoint:
-    """Write `checkpoint-<step>` under `directory`; a kill at any moment leaves it whole or absent."""
+    """Write `checkpoint-<step>`; a kill at any moment leaves it whole or absent."""
     path = directory / f"checkpoint-{step}"
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {

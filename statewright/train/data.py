@@ -103,9 +103,7 @@ def encode(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterato
                 yield backend.encode(part, add_special_tokens=False).ids
 
 
-def corpus_of(
-    documents: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase
-) -> Corpus:
+def corpus_of(documents: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Tokenize documents, each given as an iterable of pieces of text."""
     end = tokenizer.eos_token_id if len(documents) > 1 else None
     dtype = np.uint16 if len(tokenizer) < 2**16 else np.int32

@@ -36,9 +36,8 @@ def held_out(model: torch.nn.Module, corpus: Corpus, length: int = 256) -> HeldO
         out = model(batch.ids.to(model.device), state=state, reset=batch.reset.to(model.device))
         state = out.state
         labels = batch.labels.to(out.logits.device)
-        losses = F.cross_entropy(
-            out.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        logits = out.logits.flatten(0, 1).float()
+        losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
         total += losses.item()
         count += int((labels != IGNORED).sum())
     model.train(was_training)

@@ -72,7 +72,7 @@ class Run:
         self.state: ModelState = self.model.init_state(self.config.num_lanes).detach()
         self.step = 0
         self.last: Checkpoint | None = None
-        self._seconds = 0.0
+        self.seconds = 0.0
         self.valid: HeldOut | None = None
 
     def resume(self) -> None:
@@ -86,7 +86,7 @@ class Run:
         newest.restore(self.model, self.optimizer)
         self.state = newest.carried(self.state)
         self.step, self.last = newest.step, newest
-        self._seconds = newest.record["seconds"]
+        self.seconds = newest.record["seconds"]
         self._truncate_metrics(newest.record["metrics_bytes"])
 
     def train(self) -> None:
@@ -100,7 +100,8 @@ class Run:
                     self.save()
                     raise TrainingInterrupted(self.last)
                 done = self.step == self.config.num_steps
-                if self.valid_corpus is not None and (done or self.step % self.config.eval_every == 0):
+                due = done or self.step % self.config.eval_every == 0
+                if self.valid_corpus is not None and due:
                     self._evaluate()
                 if done or self.step % self.config.save_every == 0:
                     self.save()
@@ -110,11 +111,12 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint and delete the ones that are no longer kept."""
+        metrics = self._metrics_path
         record = {
             "config": asdict(self.config),
             "data": self.train_corpus.fingerprint,
-            "seconds": self._seconds,
-            "metrics_bytes": self._metrics_path.stat().st_size if self._metrics_path.exists() else 0,
+            "seconds": self.seconds,
+            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             **self.about,
         }
         self.last = save_checkpoint(
@@ -148,7 +150,7 @@ class Run:
         self.state = state.detach()
         self.step += 1
         seconds = time.perf_counter() - began
-        self._seconds += seconds
+        self.seconds += seconds
         self._record(
             event="step",
             step=self.step,
@@ -156,14 +158,12 @@ class Run:
             learning_rate=rate,
             gradient_norm=norm.item(),
             tokens_per_second=config.num_lanes * config.length / seconds,
-            seconds=self._seconds,
+            seconds=self.seconds,
         )
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, ModelState]:
         device = self.model.device
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"
-        ):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             out = self.model(batch.ids.to(device), state=self.state, reset=batch.reset.to(device))
         loss = F.cross_entropy(
             out.logits.flatten(0, 1).float(),
@@ -180,7 +180,7 @@ class Run:
             nats=self.valid.nats,
             bits_per_byte=self.valid.bits_per_byte,
             num_tokens=self.valid.num_tokens,
-            seconds=self._seconds,
+            seconds=self.seconds,
         )
 
     def _record(self, **event: Any) -> None:
@@ -208,7 +208,7 @@ class Run:
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW, weight decay on matrices only (not on embeddings, biases, norms, initial states)."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed, plain = [], []
     for parameter in model.parameters():
         matrix = parameter.dim() >= 2 and id(parameter) not in embeddings

@@ -1,0 +1,32 @@
+# The whole interface. Each target sets up .venv by itself; nothing else is needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml constraints.txt $(wildcard setup.py statewright/ops/csrc/*)
+
+.PHONY: quickstart test test-slow lint bench docs clean
+.DEFAULT_GOAL := quickstart
+
+$(VENV)/.ready: $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/.ready ## Train, write, read on and go back, on real text (TEXT=file for yours)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m statewright quickstart $(if $(TEXT),--text "$(TEXT)")
+
+test: $(VENV)/.ready ## Everything that guards main, offline
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: $(VENV)/.ready ## What takes minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,56 @@
+"""The command line: one verb per file. torch is imported when a verb runs, not for `--help`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from statewright import __version__
+from statewright.cli.generate import generate
+from statewright.cli.listing import list_
+from statewright.cli.quickstart import quickstart
+from statewright.cli.size import size
+from statewright.cli.state import state
+from statewright.cli.train import train
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="statewright")
+def cli() -> None:
+    """Build, train, check, save and measure the state of any causal sequence model."""
+
+
+for verb in (quickstart, train, generate, size, state, list_):
+    cli.add_command(verb)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. A user's mistake is one line on stderr."""
+    try:
+        code = cli.main(argv, prog_name="statewright", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Abort:
+        return _fail("interrupted", 130)
+    except click.ClickException as error:
+        hint = ""
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            hint = f" (see '{error.ctx.command_path} --help')"
+        return _fail(f"{error.format_message()}{hint}", error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except (ValueError, OSError) as error:
+        return _fail(_one_line(error), 1)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"statewright: {message}", err=True)
+    return code

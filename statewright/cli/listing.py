@@ -1,0 +1,28 @@
+"""`statewright list`: what can be named in a spec, with its options."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("list")
+def list_() -> None:
+    """List mixers, scan backends and tokenizers, with the options a spec may set."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from statewright.mixers import MIXERS
+    from statewright.ops import VECTOR_BACKENDS
+    from statewright.spec import options_of
+
+    console = Console()
+    table = Table(title="mixers  (name:option=value:option=value)", title_justify="left")
+    table.add_column("name", style="bold")
+    table.add_column("options and defaults")
+    table.add_column("equation")
+    for name, mixer in MIXERS.items():
+        options = ", ".join(f"{n}={p.default}" for n, p in options_of(mixer).items())
+        table.add_row(name, options, (mixer.__doc__ or "").splitlines()[0])
+    console.print(table)
+    console.print(f"[bold]scan backends[/bold]  {', '.join(VECTOR_BACKENDS)}")
+    console.print("[bold]tokenizers[/bold]     bytes, characters, any Hugging Face path or id")
