@@ -5,7 +5,10 @@ from __future__ import annotations
 from statewright import spec
 from statewright.mixers.base import Mixer, VectorMixer
 from statewright.mixers.conv import CausalConv
+from statewright.mixers.gla import GLA
 from statewright.mixers.gru import GRU, LSTM
+from statewright.mixers.mamba import Mamba
+from statewright.mixers.mamba2 import Mamba2
 from statewright.mixers.mingru import MinGRU
 from statewright.mixers.minlstm import MinLSTM
 
@@ -14,6 +17,9 @@ MIXERS: dict[str, type[Mixer]] = {
     "minlstm": MinLSTM,
     "gru": GRU,
     "lstm": LSTM,
+    "mamba2": Mamba2,
+    "gla": GLA,
+    "mamba": Mamba,
 }
 
 
@@ -23,6 +29,16 @@ def build_mixer(text: str, hidden_size: int) -> Mixer:
 
 
 __all__ = [
-    "GRU", "LSTM", "MIXERS", "CausalConv", "MinGRU", "MinLSTM", "Mixer", "VectorMixer",
+    "GLA",
+    "GRU",
+    "LSTM",
+    "MIXERS",
+    "CausalConv",
+    "Mamba",
+    "Mamba2",
+    "MinGRU",
+    "MinLSTM",
+    "Mixer",
+    "VectorMixer",
     "build_mixer",
-]  # fmt: skip
+]

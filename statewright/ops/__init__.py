@@ -16,13 +16,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from statewright.ops import log_space, ref, torch_scan
+from statewright.ops import log_space, ref, torch_matrix, torch_scan
 from statewright.shapes import require
 
 VECTOR_BACKENDS: dict[str, Callable] = {
     "ref": ref.vector_scan,
     "torch": torch_scan.vector_scan,
     "log": log_space.vector_scan,
+}
+
+MATRIX_BACKENDS: dict[str, Callable] = {
+    "ref": ref.matrix_scan,
+    "torch": torch_matrix.matrix_scan,
 }
 
 _default = "auto"
@@ -32,7 +37,7 @@ _default = "auto"
 def default_backend(name: str) -> Iterator[None]:
     """Within the block, scans called without `backend=` use this one (for all threads)."""
     global _default
-    _known(name)
+    _known(name, VECTOR_BACKENDS)
     before, _default = _default, name
     try:
         yield
@@ -62,7 +67,40 @@ def vector_scan(
         require("vector_scan", "reset", reset, "B T", B=B, T=T)
     if T == 0:
         return torch.empty_like(b), h0.to(state_dtype(b.dtype, h0.dtype), copy=True)
-    return _known(backend or _default)(log_a, b, h0, reset)
+    return _known(backend or _default, VECTOR_BACKENDS)(log_a, b, h0, reset)
+
+
+def matrix_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_a: Tensor,
+    S0: Tensor,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`S_t = diag(exp(log_a_t)) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t`: Mamba-2, GLA, Mamba.
+
+    q, k (B, T, G, K), shared by the H / G heads of a group and never expanded; v (B, T, H, V);
+    log_a (B, T, H, K) or (B, T, H, 1), at most 0, -inf for a decay of exactly 0; S0
+    (B, H, K, V); reset (B, T) bool: where set, the state before that token is zero. Returns o
+    (B, T, H, V) in v's dtype and S_T, carried in at least float32. Differentiable in everything,
+    also through S_T. Raises ValueError for shapes that do not fit.
+    Eq. 2.1 of arXiv:2312.06635 (GLA), eq. 16 of arXiv:2405.21060 (Mamba-2, S transposed).
+    """
+    B, T, G, K = require("matrix_scan", "q", q, "B T G K")
+    require("matrix_scan", "k", k, "B T G K", B=B, T=T, G=G, K=K)
+    _, _, H, V = require("matrix_scan", "v", v, "B T H V", B=B, T=T)
+    keys = 1 if log_a.shape[-1:] == (1,) else K
+    require("matrix_scan", "log_a", log_a, "B T H K", B=B, T=T, H=H, K=keys)
+    require("matrix_scan", "S0", S0, "B H K V", B=B, H=H, K=K, V=V)
+    if reset is not None:
+        require("matrix_scan", "reset", reset, "B T", B=B, T=T)
+    if H % G:
+        raise ValueError(f"matrix_scan: {G} groups of q and k do not divide {H} heads of v")
+    if T == 0:
+        return torch.empty_like(v), S0.to(state_dtype(v.dtype, S0.dtype), copy=True)
+    return _known(backend or _default, MATRIX_BACKENDS)(q, k, v, log_a, S0, reset)
 
 
 def state_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -70,10 +108,10 @@ def state_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return ref.state_dtype(*dtypes)
 
 
-def _known(name: str) -> Callable:
+def _known(name: str, backends: dict[str, Callable]) -> Callable:
     if name == "auto":
-        return VECTOR_BACKENDS["torch"]
-    if name not in VECTOR_BACKENDS:
-        known = ", ".join(["auto", *VECTOR_BACKENDS])
+        return backends["torch"]
+    if name not in backends:
+        known = ", ".join(["auto", *backends])
         raise ValueError(f"unknown scan backend {name!r} (known: {known})")
-    return VECTOR_BACKENDS[name]
+    return backends[name]

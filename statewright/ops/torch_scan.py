@@ -30,7 +30,7 @@ def vector_scan(
 
 
 class _LinearScan(torch.autograd.Function):
-    """h_t = a_t h_{t-1} + b_t with the reverse scan g_t = dh_t + a_{t+1} g_{t+1} as its gradient."""
+    """h_t = a_t h_{t-1} + b_t; its gradient is the reverse scan g_t = dh_t + a_{t+1} g_{t+1}."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _chunk_length(a: Tensor) -> int:
 
 def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """Loop over the positions of a chunk, all chunks at once; then carry from chunk to chunk."""
-    B, T, D = b.shape
+    T = b.shape[1]
     C = _chunk_length(a)
     N = T // C
     out = torch.empty_like(b, memory_format=torch.contiguous_format)
