@@ -47,13 +47,18 @@ def build(spec: str, registry: Mapping[str, Callable], kind: str, *args: Any) ->
     name, texts = split(spec)
     if name not in registry:
         raise ValueError(f"unknown {kind} {name!r}{_hint(name, registry)}")
-    known = options_of(registry[name])
+    return registry[name](*args, **typed(texts, registry[name], f"{kind} {name!r}"))
+
+
+def typed(texts: Mapping[str, str], entry: Callable, where: str) -> dict[str, Any]:
+    """The options as the entry's annotations want them; ValueError for an unknown one."""
+    known = options_of(entry)
     values = {}
     for key, text in texts.items():
         if key not in known:
-            raise ValueError(f"{kind} {name!r} has no option {key!r}{_hint(key, known)}")
-        values[key] = _convert(text, known[key], f"{kind} {name!r}: {key}")
-    return registry[name](*args, **values)
+            raise ValueError(f"{where} has no option {key!r}{_hint(key, known)}")
+        values[key] = _convert(text, known[key], f"{where}: {key}")
+    return values
 
 
 def options_of(entry: Callable) -> dict[str, inspect.Parameter]:
@@ -102,3 +107,13 @@ def _hint(word: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     guess = f"; did you mean {close[0]!r}?" if close else ""
     return f"{guess} (known: {', '.join(sorted(known)) or 'none'})"
+
+
+def format_spec(name: str, options: Mapping[str, Any], entry: Callable) -> str:
+    """The shortest spec for these options of `entry`: defaults are left out."""
+    known = options_of(entry)
+    parts = [name]
+    for key, value in options.items():
+        if value != known[key].default:
+            parts.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return ":".join(parts)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import click
 
 from statewright import __version__
+from statewright.cli.convert import convert
 from statewright.cli.generate import generate
 from statewright.cli.listing import list_
 from statewright.cli.quickstart import quickstart
@@ -22,7 +23,7 @@ def cli() -> None:
     """Build, train, check, save and measure the state of any causal sequence model."""
 
 
-for verb in (quickstart, train, generate, size, state, list_):
+for verb in (quickstart, train, generate, size, state, convert, list_):
     cli.add_command(verb)
 
 

@@ -22,7 +22,8 @@ def show(file: str) -> None:
     found = read_state_file(file)
     console = Console()
     table = Table(title=file, title_justify="left")
-    for column in ("tensor", "axes", "shape", "dtype", "bytes", "rms"):
+    table.add_column("tensor", no_wrap=True)
+    for column in ("axes", "shape", "dtype", "bytes", "rms"):
         table.add_column(column, justify="right" if column in ("bytes", "rms") else "left")
     for name, tensor, axes in found.state.named():
         rms = tensor.double().square().mean().sqrt().item() if tensor.numel() else 0.0
@@ -60,7 +61,8 @@ def diff(ctx: click.Context, first: str, second: str) -> None:
     a, b = read_state_file(first), read_state_file(second)
     left, right = dict(a.state.items()), dict(b.state.items())
     table = Table(title=f"{first} against {second}", title_justify="left")
-    for column in ("tensor", "difference", "relative"):
+    table.add_column("tensor", no_wrap=True)
+    for column in ("difference", "relative"):
         table.add_column(column)
     differs = a.fingerprint != b.fingerprint or a.tokens_hash != b.tokens_hash
     for name in sorted(left.keys() | right.keys()):

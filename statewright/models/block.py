@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from statewright.mixers import CausalConv, Mixer, build_mixer
 from statewright.models.config import StatewrightConfig
+from statewright.shapes import require
 from statewright.state import State
 
 _TAPS, _TAPS_AXES = "block_taps", "batch tap channel"
@@ -27,11 +29,8 @@ class Block(Mixer):
         self.conv = CausalConv(D, config.conv_kernel) if config.conv_kernel else None
         self.norm = make_norm(config)
         self.mixer = build_mixer(config.mixer_of(layer), D)
-        inner = int(D * config.mlp_ratio)
-        self.mlp_norm = make_norm(config) if inner else None
-        self.mlp = (
-            nn.Sequential(nn.Linear(D, inner), nn.GELU(), nn.Linear(inner, D)) if inner else None
-        )
+        self.mlp_norm = make_norm(config) if config.mlp_width else None
+        self.mlp = make_mlp(config) if config.mlp_width else None
         self.dropout = nn.Dropout(config.dropout)
 
     def init_state(self, batch_size: int) -> State:
@@ -50,8 +49,12 @@ class Block(Mixer):
 
     def check(self, state: State, batch_size: int) -> None:
         self.mixer.check(state, batch_size)
-        if self.conv is not None and _TAPS not in state.extra:
+        if self.conv is None:
+            return
+        if _TAPS not in state.extra:
             raise ValueError(f"Block: state is {state!r}, expected extra {_TAPS!r} (conv taps)")
+        sizes = {"B": batch_size, "tap": self.conv.width - 1, "D": self.hidden_size}
+        require("Block", f"state's {_TAPS}", state.extra[_TAPS], "B tap D", **sizes)
 
     def update(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         inner = state
@@ -83,6 +86,28 @@ class Block(Mixer):
 
     def _mlp(self, x: Tensor) -> Tensor:
         return x if self.mlp is None else x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class SwiGLU(nn.Module):
+    """down(SiLU(gate(x)) * up(x)), without biases (Shazeer, arXiv:2002.05202)."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, inner_size, bias=False)
+        self.up = nn.Linear(hidden_size, inner_size, bias=False)
+        self.down = nn.Linear(inner_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def make_mlp(config: StatewrightConfig) -> nn.Module:
+    D, inner = config.hidden_size, config.mlp_width
+    if config.mlp == "swiglu":
+        return SwiGLU(D, inner)
+    if config.mlp != "gelu":
+        raise ValueError(f"config: mlp={config.mlp!r}, expected 'gelu' or 'swiglu'")
+    return nn.Sequential(nn.Linear(D, inner), nn.GELU(), nn.Linear(inner, D))
 
 
 def make_norm(config: StatewrightConfig) -> nn.Module:

@@ -12,7 +12,8 @@ class StatewrightConfig(PreTrainedConfig):
 
     mixer: a spec string such as "mingru:expansion=2", or a list of them, cycled over the layers
     (hybrids); sizes that differ per layer stand in the strings. The papers' block options, all
-    per layer: conv_kernel (0: no convolution; 4: Conv4), mlp_ratio (0: no MLP), norm, dropout.
+    per layer: conv_kernel (0: no convolution; 4: Conv4), mlp_ratio (0: no MLP; mlp_size overrides
+    it), mlp, norm, dropout.
     """
 
     model_type = "statewright"
@@ -23,7 +24,9 @@ class StatewrightConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     mixer: str | list[str] = "mingru"
     conv_kernel: int = 4
+    mlp: Literal["gelu", "swiglu"] = "gelu"
     mlp_ratio: float = 4.0
+    mlp_size: int | None = None
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-6
     dropout: float = 0.0
@@ -40,8 +43,15 @@ class StatewrightConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name}={getattr(self, name)}, expected at least 1")
+        if self.mlp_ratio < 0:
+            raise ValueError(f"config: mlp_ratio={self.mlp_ratio}, expected 0 or more")
         if self.conv_kernel == 1 or self.conv_kernel < 0:
             raise ValueError(f"config: conv_kernel={self.conv_kernel}, expected 0 or at least 2")
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner channels of the MLP; 0 for none."""
+        return int(self.hidden_size * self.mlp_ratio) if self.mlp_size is None else self.mlp_size
 
     def mixer_of(self, layer: int) -> str:
         """The spec string of one layer."""

@@ -132,6 +132,8 @@ class StatewrightModel(StatewrightPreTrainedModel):
         **kwargs: Any,
     ) -> StatewrightModelOutput:
         """See `StatewrightForCausalLM.forward`."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward: give exactly one of input_ids and inputs_embeds")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -150,22 +152,23 @@ class StatewrightModel(StatewrightPreTrainedModel):
         state = self._check_state(state, B)
         mask = _own_mask(attention_mask, B, T)
         reset = None if reset is None else reset.bool()
-        hidden, states = [x], []
+        hidden, states = [], []
         for layer, layer_state in zip(self.layers, state.layers):
+            hidden.append(x)
             if self.gradient_checkpointing and self.training:
                 x, new = self._gradient_checkpointing_func(layer, x, layer_state, mask, reset)
             else:
                 x, new = layer(x, layer_state, mask, reset)
-            hidden.append(x)
             states.append(new)
+        x = self.norm(x)
         new_state = ModelState(layers=tuple(states), seen=advance_seen(state.seen, T, mask, reset))
         if cache is not None:
             cache.advance(new_state, T)
         return StatewrightModelOutput(
-            last_hidden_state=self.norm(x),
+            last_hidden_state=x,
             state=new_state,
             past_key_values=cache,
-            hidden_states=tuple(hidden) if output_hidden_states else None,
+            hidden_states=(*hidden, x) if output_hidden_states else None,
         )
 
     def _check_state(self, state: ModelState | None, batch_size: int) -> ModelState:
@@ -280,6 +283,8 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, GenerationMixin):
                 raise ValueError("generate: state= needs use_cache and no past_key_values")
             return
         if state is not None:
+            if not isinstance(state, ModelState):
+                raise ValueError(f"generate: state is {state!r}, expected a ModelState")
             if state.batch_size != batch_size:
                 raise ValueError(
                     f"generate: the state has {state.batch_size} rows, the ids {batch_size}"
@@ -288,6 +293,20 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, GenerationMixin):
             if repeats > 1:
                 state = state.rows(torch.arange(batch_size).repeat_interleave(repeats))
         model_kwargs["past_key_values"] = StateCache(state)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """transformers would feed ids that the cache has already seen a second time, silently."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        given, seen = input_ids.shape[1], 0 if cache is None else cache.get_seq_length()
+        covered = (
+            getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[1]
+        )
+        if seen and covered == given <= seen and model_kwargs.get("inputs_embeds") is None:
+            raise ValueError(
+                f"generate: input_ids holds {given} tokens, but the cache has seen {seen}; give all "
+                "of them followed by the new ones, or the new ones alone with StateCache(state)"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         """transformers takes any output called `state` for RWKV's cache; ours is in the cache."""

@@ -1,0 +1,36 @@
+"""`statewright convert`: a checkpoint of one library as one of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@click.option("--to", "target", required=True, type=click.Choice(["statewright", "hf", "fla"]))
+@click.option("--output-dir", required=True, type=click.Path())
+def convert(model: str, target: str, output_dir: str) -> None:
+    """Convert MODEL (ours, transformers' mamba or mamba2, state-spaces', fla's gla).
+
+    Tokenizer files are copied. What a format cannot express is refused, with the reason.
+    """
+    from transformers import AutoTokenizer
+
+    from statewright.cli.common import quiet_libraries
+    from statewright.models import load
+    from statewright.models.load import save_as
+
+    quiet_libraries()
+    directory, source = Path(output_dir), Path(model)
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory}: not empty; choose another --output-dir")
+    net = load(source)
+    if target == "statewright":
+        net.save_pretrained(directory)
+        if (source / "tokenizer_config.json").exists():
+            AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+    else:
+        save_as(net, target, directory, source)
+    click.echo(f"{source} ({net.config.mixer}) -> {directory} ({target})")
