@@ -21,8 +21,14 @@ MIXERS = [
     "minlstm:normalize=false:learned_init=false",
     "gru",
     "lstm:expansion=2",
+    "mamba2:state_size=5:head_dim=4",
+    "mamba2:state_size=4:head_dim=4:num_groups=3:dt_max=0.01",
+    "gla:num_heads=3:expand_k=1",
+    "gla:num_heads=2:conv_kernel=4:feature_map=elu:output_gate=false:expand_k=1",
+    "mamba:state_size=3",
 ]
 SCANNED = [m for m in MIXERS if "min" in m]
+MATRIX = [m for m in MIXERS if m.startswith(("mamba", "gla"))]
 BLOCKS = [
     dict(mixer="mingru:expansion=2", conv_kernel=4, mlp_ratio=4.0),
     dict(mixer="lstm", conv_kernel=3, mlp_ratio=0.0, norm="layernorm"),
@@ -87,6 +93,14 @@ def test_backends_obey(text: str, backend: str, dtype: torch.dtype, law: str) ->
         holds(laws.LAWS[law](mixer(text, dtype), case))
 
 
+@pytest.mark.parametrize("law", ["fold", "chunk", "gradient", "rows"])
+@pytest.mark.parametrize("backend", [b for b in ops.MATRIX_BACKENDS if b != "torch"])
+@pytest.mark.parametrize("text", MATRIX)
+def test_matrix_backends_obey(text: str, backend: str, law: str) -> None:
+    with ops.default_backend(backend):
+        holds(laws.LAWS[law](mixer(text), laws.Case(flags=True, backend=backend)))
+
+
 @pytest.mark.parametrize("law", ["fold", "chunk", "gradient", "value", "rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("text", MIXERS)
@@ -98,7 +112,10 @@ def test_dtypes_obey(text: str, dtype: torch.dtype, law: str) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("length", [1, 2, 63, 65, 1000])
-@pytest.mark.parametrize("text", ["mingru", "minlstm", "gru"])
+@pytest.mark.parametrize(
+    "text",
+    ["mingru", "minlstm", "gru", "mamba2:state_size=5:head_dim=4", "gla:num_heads=3:expand_k=1"],
+)
 def test_odd_lengths(text: str, length: int, batch: int) -> None:
     case = laws.Case(batch=batch, length=length, splits=(0, 1, length // 3), flags=True)
     for finding in laws.check(mixer(text), case, ["fold", "chunk"]):

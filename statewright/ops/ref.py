@@ -32,7 +32,7 @@ def matrix_scan(
 ) -> tuple[Tensor, Tensor]:
     """`S_t = diag(exp(log_a_t)) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t` (see `ops.matrix_scan`)."""
     dtype = state_dtype(*(t.dtype for t in (q, k, v, log_a, S0)))
-    (G, K), (H, V) = q.shape[2:], v.shape[2:]
+    G, H = q.shape[2], v.shape[2]
     S, outputs = S0.to(dtype, copy=True), []
     steps = (t.to(dtype).unbind(1) for t in (q, k, v, log_a))
     resets = [None] * q.shape[1] if reset is None else reset.bool().unbind(1)

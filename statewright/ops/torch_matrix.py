@@ -66,7 +66,7 @@ def _per_key_plan(log_a: Tensor, ends: Tensor | None) -> tuple[Callable, int]:
 
 
 def _chunks(t: Tensor, C: int) -> Tensor:
-    """(B, T, ...) -> (B, chunks, C, ...), padded at the end with zeros: decay 1, nothing written."""
+    """(B, T, ...) -> (B, chunks, C, ...), padded with zeros: decay 1, nothing written."""
     missing = -t.shape[1] % C
     if missing:
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))
