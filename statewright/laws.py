@@ -32,11 +32,14 @@ TOLERANCES: dict[tuple[torch.dtype, str], float] = {
     (torch.float64, "ref"): 1e-12,
     (torch.float64, "torch"): 1e-12,
     (torch.float64, "log"): 1e-9,
+    (torch.float64, "native"): 1e-12,
     (torch.float32, "ref"): 1e-5,
     (torch.float32, "torch"): 1e-5,
     (torch.float32, "log"): 1e-3,
+    (torch.float32, "native"): 1e-5,
     (torch.bfloat16, "ref"): 4e-2,
     (torch.bfloat16, "torch"): 4e-2,
+    (torch.bfloat16, "native"): 4e-2,
 }
 GRADIENT_FACTOR = 10.0
 

@@ -81,7 +81,7 @@ def test_models_obey(law: str, flags: bool) -> None:
 
 @pytest.mark.parametrize("law", ["fold", "chunk", "gradient", "rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
-@pytest.mark.parametrize("backend", [b for b in ops.VECTOR_BACKENDS if b != "torch"])
+@pytest.mark.parametrize("backend", ops.VECTOR_BACKENDS)
 @pytest.mark.parametrize("text", SCANNED)
 def test_backends_obey(text: str, backend: str, dtype: torch.dtype, law: str) -> None:
     if backend == "log" and "vanilla" in text:

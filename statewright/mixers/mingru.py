@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statewright.mixers.base import VectorMixer
-from statewright.ops import state_dtype
-from statewright.state import VectorState
+from statewright import ops
+from statewright.mixers.base import VectorMixer, advance_seen
+from statewright.ops import native, state_dtype
+from statewright.state import State, VectorState
 
 Form = Literal["log", "vanilla"]
 
@@ -62,6 +63,41 @@ class MinimalMixer(VectorMixer):
     def candidate(self, c: Tensor) -> Tensor:
         return g(c) if self.form == "log" else c
 
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        state = self.begin(x, state, mask, reset)
+        T = x.shape[1]
+        p = self.in_proj(x) if T else None
+        if p is None or not ops.use_fused(p):
+            return super().forward(x, state, mask, reset)
+        starts = reset if reset is None or mask is None else reset & mask
+        flags = None
+        if mask is not None or starts is not None:
+            flags = torch.zeros(x.shape[:2], dtype=torch.uint8)
+            if mask is not None:
+                flags += native.MASKED * ~mask
+            if starts is not None:
+                flags += native.RESET * starts
+        h0, initial = state.h.to(state_dtype(p.dtype)), None
+        if starts is not None or torch.is_grad_enabled():
+            initial = self.initial()
+            # Chosen for no row, yet in the graph: see VectorMixer._restart.
+            h0 = torch.where(torch.zeros(x.shape[0], 1, dtype=torch.bool), initial, h0)
+        h, h_T = self.fused(p, h0, initial, flags)
+        seen = advance_seen(state.seen, T, mask, reset)
+        return self.output(h, x), replace(state, h=h_T, seen=seen)
+
+    def fused(
+        self, p: Tensor, h0: Tensor, initial: Tensor | None, flags: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Gates and scan in one C kernel, on the projection p (B, T, gates * inner)."""
+        raise NotImplementedError
+
     def valid(self, h: Tensor) -> Tensor:
         return g(h) if self.form == "log" else h
 
@@ -96,6 +132,11 @@ class MinGRU(MinimalMixer):
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         k, c = self.project(x)
         return F.logsigmoid(-k), k.sigmoid() * self.candidate(c)
+
+    def fused(
+        self, p: Tensor, h0: Tensor, initial: Tensor | None, flags: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return native.mingru(p, h0, initial, flags, positive=self.form == "log")
 
     def update(self, x: Tensor, state: VectorState) -> tuple[Tensor, VectorState]:
         k, c = self.project(x)

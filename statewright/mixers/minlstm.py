@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from statewright.mixers.mingru import Form, MinimalMixer
+from statewright.ops import native
 from statewright.state import VectorState
 
 
@@ -41,6 +42,13 @@ class MinLSTM(MinimalMixer):
         # Not softplus, which turns linear beyond 20: an error of 2e-9, seen in float64.
         balance = F.logsigmoid(i) - F.logsigmoid(f)
         return F.logsigmoid(-balance), balance.sigmoid() * self.candidate(c)
+
+    def fused(
+        self, p: Tensor, h0: Tensor, initial: Tensor | None, flags: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return native.minlstm(
+            p, h0, initial, flags, positive=self.form == "log", normalize=self.normalize
+        )
 
     def update(self, x: Tensor, state: VectorState) -> tuple[Tensor, VectorState]:
         f, i, c = self.project(x)

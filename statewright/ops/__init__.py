@@ -5,24 +5,29 @@
 | `ref`    | a loop over tokens in any dtype: the definition                          |
 | `torch`  | chunked, in the linear domain, any device, differentiable twice           |
 | `log`    | the minimal-RNN paper's log-space form; needs b >= 0, loses accuracy in T |
-| `auto`   | the fastest of the above that fits the inputs (never `log`)              |
+| `native` | C kernels for the CPU: float32, float64, bfloat16; one derivative         |
+| `auto`   | `native` where it was built and takes the inputs, else `torch`            |
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from statewright.ops import log_space, ref, torch_matrix, torch_scan
+from statewright.ops import log_space, native, ref, torch_matrix, torch_scan
 from statewright.shapes import require
+
 
 VECTOR_BACKENDS: dict[str, Callable] = {
     "ref": ref.vector_scan,
     "torch": torch_scan.vector_scan,
     "log": log_space.vector_scan,
+    "native": native.vector_scan,
 }
 
 MATRIX_BACKENDS: dict[str, Callable] = {
@@ -37,7 +42,7 @@ _default = "auto"
 def default_backend(name: str) -> Iterator[None]:
     """Within the block, scans called without `backend=` use this one (for all threads)."""
     global _default
-    _known(name, VECTOR_BACKENDS)
+    _known(name, VECTOR_BACKENDS, False)
     before, _default = _default, name
     try:
         yield
@@ -67,7 +72,8 @@ def vector_scan(
         require("vector_scan", "reset", reset, "B T", B=B, T=T)
     if T == 0:
         return torch.empty_like(b), h0.to(state_dtype(b.dtype, h0.dtype), copy=True)
-    return _known(backend or _default, VECTOR_BACKENDS)(log_a, b, h0, reset)
+    scan = _known(backend or _default, VECTOR_BACKENDS, native_fits(log_a, b, state=h0))
+    return scan(log_a, b, h0, reset)
 
 
 def matrix_scan(
@@ -100,7 +106,7 @@ def matrix_scan(
         raise ValueError(f"matrix_scan: {G} groups of q and k do not divide {H} heads of v")
     if T == 0:
         return torch.empty_like(v), S0.to(state_dtype(v.dtype, S0.dtype), copy=True)
-    return _known(backend or _default, MATRIX_BACKENDS)(q, k, v, log_a, S0, reset)
+    return _known(backend or _default, MATRIX_BACKENDS, False)(q, k, v, log_a, S0, reset)
 
 
 def state_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -108,9 +114,41 @@ def state_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return ref.state_dtype(*dtypes)
 
 
-def _known(name: str, backends: dict[str, Callable]) -> Callable:
+def use_fused(x: Tensor, state: Tensor) -> bool:
+    """Whether a mixer takes its fused C kernel on these tensors, under the default backend."""
+    return _default in ("auto", "native") and native_fits(x, state=state)
+
+
+def native_fits(*sequences: Tensor, state: Tensor) -> bool:
+    """Whether the C kernels were built and take these; their absence is announced once.
+
+    Only what needs no conversion: it would round a wider state or finer decays, silently.
+    """
+    dtype = sequences[0].dtype
+    same = all(x.dtype == dtype for x in sequences) and state.dtype == state_dtype(dtype)
+    return same and native.supports(*sequences, state) and _native_is_built()
+
+
+@torch.compiler.assume_constant_result
+def _native_is_built() -> bool:
+    if not native.available():
+        _announce_absence()
+        return False
+    return True
+
+
+@cache
+def _announce_absence() -> None:
+    warnings.warn(
+        f"the C kernels are not used ({native.why_unavailable()}); scans run in plain torch, "
+        "several times slower on a CPU",
+        stacklevel=2,
+    )
+
+
+def _known(name: str, backends: dict[str, Callable], fits: bool) -> Callable:
     if name == "auto":
-        return backends["torch"]
+        return backends["native" if fits and "native" in backends else "torch"]
     if name not in backends:
         known = ", ".join(["auto", *backends])
         raise ValueError(f"unknown scan backend {name!r} (known: {known})")
