@@ -24,6 +24,17 @@ test: $(VENV)/.ready ## Everything that guards main, offline
 test-slow: $(VENV)/.ready ## What takes minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
+.venv-bench/.ready: $(SOURCES) benchmarks/requirements.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e . -r benchmarks/requirements.txt
+	touch $@
+
+bench: .venv-bench/.ready $(VENV)/.ready ## Ratios to floors and peers; writes the README's table
+	$(BIN)/python -m pytest tests/test_native.py tests/test_ops.py
+	HF_HUB_OFFLINE=1 .venv-bench/bin/python -m statewright bench \
+		--output-dir benchmarks/results --readme README.md
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import click
 
 from statewright import __version__
+from statewright.cli.bench import bench
 from statewright.cli.convert import convert
 from statewright.cli.generate import generate
 from statewright.cli.listing import list_
@@ -17,13 +18,19 @@ from statewright.cli.state import state
 from statewright.cli.train import train
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    invoke_without_command=True,
+)
 @click.version_option(__version__, prog_name="statewright")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Build, train, check, save and measure the state of any causal sequence model."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
-for verb in (quickstart, train, generate, size, state, convert, list_):
+for verb in (quickstart, train, generate, size, state, convert, bench, list_):
     cli.add_command(verb)
 
 

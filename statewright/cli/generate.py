@@ -36,16 +36,16 @@ def generate(model: str, prompt: str | None, prompt_file: str | None, **options:
     line. What is written goes to stdout, all else to stderr.
     """
     from rich.console import Console
-    from transformers import AutoTokenizer
 
     from statewright.cli.common import quiet_libraries
     from statewright.models import load
+    from statewright.models.tokenizers import saved_tokenizer
     from statewright.session import Session
 
     quiet_libraries()
     console = Console(stderr=True)
     net = load(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = saved_tokenizer(model)
     chunk = options["chunk"]
     if options["load_state"]:
         session = Session.load(options["load_state"], net, chunk=chunk, snapshot_bytes=0)

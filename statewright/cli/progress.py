@@ -69,6 +69,7 @@ def reading_bar(console: Console, total: int | None) -> Iterator[Any]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     task = progress.add_task("read", total=total, tokens=0)
 

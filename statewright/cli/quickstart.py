@@ -31,11 +31,12 @@ def quickstart(text: str | None, output_dir: str, seconds: float, seed: int) -> 
     from statewright.session import Session
 
     quiet_libraries()
-    directory = _own_directory(Path(output_dir))
-    console = Console(highlight=False)
-    console.rule("[bold]statewright quickstart", align="left")
+    directory = Path(output_dir)
     name, whole = (text, _read(text)) if text else ("Python's manual", _manual())
     run = _make_run(whole, directory, seed)
+    _empty_own(directory)
+    console = Console(highlight=False)
+    console.rule("[bold]statewright quickstart", align="left")
     _step(
         console,
         1,
@@ -74,7 +75,7 @@ def _read(path: str) -> str:
     return "".join(read_text(path))
 
 
-def _own_directory(directory: Path) -> Path:
+def _empty_own(directory: Path) -> None:
     """Empty the directory of an earlier quickstart; never touch anybody else's."""
     if directory.exists() and any(directory.iterdir()):
         if not (directory / _OURS).exists():
@@ -82,7 +83,6 @@ def _own_directory(directory: Path) -> Path:
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / _OURS).touch()
-    return directory
 
 
 def _make_run(whole: str, directory: Path, seed: int) -> Any:
@@ -122,6 +122,7 @@ def _train(run: Any, console: Any, seconds: float) -> None:
 
     from statewright.cli.progress import TrainingBar
     from statewright.train.config import TrainConfig
+    from statewright.train.loop import TrainingInterrupted, TrainingStopped
 
     trial = copy.deepcopy(run.model)
     batch = run.lanes.batch(0)
@@ -133,9 +134,14 @@ def _train(run: Any, console: Any, seconds: float) -> None:
     steps = max(20, min(2000, int(seconds * 0.8 / per_step)))
     config: TrainConfig = replace(run.config, num_steps=steps, eval_every=steps, save_every=steps)
     run.config = config
-    with TrainingBar(console, steps) as bar:
-        run.listen = bar
-        run.train()
+    try:
+        with TrainingBar(console, steps) as bar:
+            run.listen = bar
+            run.train()
+    except TrainingInterrupted as stop:
+        raise click.Abort from stop
+    except TrainingStopped as stop:
+        raise ValueError(str(stop)) from stop
     uniform = 8.0
     console.print(
         f"   held-out: [bold]{run.valid.bits_per_byte:.2f}[/bold] bits per byte "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 
-@click.group()
+@click.group(no_args_is_help=False)
 def state() -> None:
     """Look into state files: show one, or compare two."""
 
@@ -89,10 +89,10 @@ def _difference(a, b) -> tuple[str, str] | None:
         return "only in one file", ""
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{tuple(a.shape)} {a.dtype} / {tuple(b.shape)} {b.dtype}", ""
-    if torch.equal(a, b):
+    if torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b))):
         return None
     if not a.is_floating_point():
         return "values differ", ""
     gap = (a.double() - b.double()).abs().max().item()
     scale = max(a.double().abs().max().item(), b.double().abs().max().item())
-    return f"{gap:.3g}", f"{gap / scale:.3g}"
+    return f"{gap:.3g}", f"{gap / scale if scale else 0:.3g}"

@@ -151,10 +151,9 @@ def _fresh(directory: Path, text: tuple[str, ...], options: dict[str, Any]) -> A
 
 
 def _resumed(directory: Path, text: tuple[str, ...], valid_text: str | None) -> Any:
-    from transformers import AutoTokenizer
-
     from statewright.cli.common import quiet_libraries
     from statewright.models import load
+    from statewright.models.tokenizers import saved_tokenizer
     from statewright.train.checkpoint import checkpoints
 
     quiet_libraries()
@@ -162,13 +161,15 @@ def _resumed(directory: Path, text: tuple[str, ...], valid_text: str | None) -> 
     if not found:
         raise ValueError(f"{directory}: no checkpoint to resume from")
     record = found[-1].record
+    if "text" not in record:
+        raise ValueError(f"{directory}: not made by statewright train, its text is not recorded")
     about = {name: record[name] for name in ("text", "valid_text", "valid_share")}
     if text:
         about["text"] = [str(Path(path).resolve()) for path in text]
     if valid_text:
         about["valid_text"] = str(Path(valid_text).resolve())
     model = load(found[-1].path)
-    tokenizer = AutoTokenizer.from_pretrained(found[-1].path)
+    tokenizer = saved_tokenizer(found[-1].path)
     run = _run(directory, model, tokenizer, TrainConfig(**record["config"]), about)
     run.resume()
     return run

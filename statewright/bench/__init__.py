@@ -1,0 +1,1 @@
+"""Measurements against peers and physical floors: ratios, interleaved, behind a green gate."""
