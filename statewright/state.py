@@ -79,10 +79,12 @@ class State:
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As `Tensor.to`; a dtype converts floating-point tensors only (never `seen` or `pos`)."""
+        copy = kwargs.pop("copy", False)
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
 
         def convert(t: Tensor) -> Tensor:
-            return t.to(device, dtype if t.is_floating_point() else None, non_blocking)
+            kind = dtype if t.is_floating_point() else None
+            return t.to(device, kind, non_blocking, copy=copy)
 
         return self.map(convert)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -31,8 +32,7 @@ def associative_scan() -> Callable[[Tensor, Tensor], Tensor]:
 def minimal_layer(kind: str, hidden_size: int) -> torch.nn.Module | None:
     """mingru-pytorch's minGRU or minLSTM (log space, no bias, no learned initial state)."""
     with contextlib.suppress(ImportError):
-        import minGRU_pytorch
-
-        cls = getattr(minGRU_pytorch, {"mingru": "minGRU", "minlstm": "minLSTM"}[kind])
-        return cls(hidden_size)
+        name = {"mingru": "minGRU", "minlstm": "minLSTM"}[kind]
+        module = importlib.import_module(f"minGRU_pytorch.{name}")
+        return getattr(module, name)(hidden_size)
     return None

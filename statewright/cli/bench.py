@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-_SUITES = ("scans", "layers", "decode", "memory")
+_SUITES = ("scans", "layers", "decode", "matrix", "memory")
 
 
 @click.command()
@@ -20,11 +20,11 @@ def bench(suite, quick: bool, threads, output_dir: str | None, readme: str | Non
     """Measure scans, layers, decoding and memory; peers that are not installed are left out."""
     from rich.console import Console
 
-    from statewright.bench import decode, layers, scans
+    from statewright.bench import decode, layers, matrix, scans
     from statewright.bench.protocol import as_json, environment, measure
 
     console = Console()
-    modules = {"scans": scans, "layers": layers, "decode": decode}
+    modules = {"scans": scans, "layers": layers, "decode": decode, "matrix": matrix}
     for name in suite:
         command = f"statewright bench --suite {name}" + (" --quick" if quick else "")
         about = environment(command)

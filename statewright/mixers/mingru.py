@@ -72,8 +72,10 @@ class MinimalMixer(VectorMixer):
     ) -> tuple[Tensor, State]:
         state = self.begin(x, state, mask, reset)
         T = x.shape[1]
-        p = self.in_proj(x) if T else None
-        if p is None or not ops.use_fused(p):
+        if T == 0 or not ops.use_fused(x, state.h):
+            return super().forward(x, state, mask, reset)
+        p = self.in_proj(x)
+        if not native.supports(p):
             return super().forward(x, state, mask, reset)
         starts = reset if reset is None or mask is None else reset & mask
         flags = None

@@ -303,8 +303,8 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, GenerationMixin):
         )
         if seen and covered == given <= seen and model_kwargs.get("inputs_embeds") is None:
             raise ValueError(
-                f"generate: input_ids holds {given} tokens, but the cache has seen {seen}; give all "
-                "of them followed by the new ones, or the new ones alone with StateCache(state)"
+                f"generate: input_ids holds {given} tokens, but the cache has seen {seen}; give "
+                "all of them followed by the new ones, or the new ones alone with StateCache(state)"
             )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 

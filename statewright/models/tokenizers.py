@@ -45,7 +45,9 @@ def load_tokenizer(name: str, text: str = "") -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     if name == "characters":
         return character_tokenizer(text)
-    if Path(name).exists() and not Path(name).is_dir():
+    if Path(name).is_dir():
+        return saved_tokenizer(name)
+    if Path(name).exists():
         raise ValueError(f"tokenizer {name!r}: expected bytes, characters, a directory or an id")
     try:
         return AutoTokenizer.from_pretrained(name)
@@ -54,6 +56,15 @@ def load_tokenizer(name: str, text: str = "") -> PreTrainedTokenizerBase:
         raise ValueError(
             f"tokenizer {name!r} is neither bytes, characters, a directory nor an id ({reason})"
         ) from error
+
+
+def saved_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with a model; ValueError if it is missing or damaged."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{directory}: its tokenizer is missing or damaged ({reason})") from error
 
 
 def _single_characters() -> pre_tokenizers.PreTokenizer:

@@ -22,7 +22,6 @@ from torch import Tensor
 from statewright.ops import log_space, native, ref, torch_matrix, torch_scan
 from statewright.shapes import require
 
-
 VECTOR_BACKENDS: dict[str, Callable] = {
     "ref": ref.vector_scan,
     "torch": torch_scan.vector_scan,
