@@ -93,24 +93,27 @@ class Run:
         """Run to the last step, save, and put the model at the top of the directory."""
         self.directory.mkdir(parents=True, exist_ok=True)
         rotate(self.directory, self.config.num_checkpoints)
+        if self.last is None:
+            self._truncate_metrics(0)
         with _interrupts() as interrupted:
             while self.step < self.config.num_steps:
                 self._one_step()
-                if interrupted():
-                    self.save()
-                    raise TrainingInterrupted(self.last)
                 done = self.step == self.config.num_steps
                 due = done or self.step % self.config.eval_every == 0
                 if self.valid_corpus is not None and due:
                     self._evaluate()
+                if interrupted():
+                    self.save()
+                    raise TrainingInterrupted(self.last)
                 if done or self.step % self.config.save_every == 0:
                     self.save()
-            if self.last is None or self.last.step != self.step:
-                self.save()
+            self.save()
             publish(self.last.path, self.directory)
 
     def save(self) -> None:
-        """Write a checkpoint and delete the ones that are no longer kept."""
+        """Write a checkpoint of this step, if there is none, and delete those no longer kept."""
+        if self.last is not None and self.last.step == self.step:
+            return
         metrics = self._metrics_path
         record = {
             "config": asdict(self.config),
@@ -223,7 +226,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits for the end of the step, so that a save is never cut; a second one does not."""
+    """Ctrl-C waits until a step is done, so that no save is cut; a second one does not wait."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
