@@ -1,13 +1,8 @@
-"""One token at a time, a whole text in flat memory, and a language model end to end."""
+"""One token at a time, and a language model end to end."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -79,40 +74,3 @@ class _Peer(MinGRU):
 
     def forward(self, x, state=None, mask=None, reset=None):
         return self.layer(x), state
-
-
-def peak_memory(num_bytes: tuple[int, ...] = (100_000, 3_000_000)) -> dict[int, int]:
-    """Peak resident bytes of `generate --max-new-tokens 0` over texts of these sizes."""
-    sentence = "It was the best of times, it was the worst of times, and nobody wrote it down. "
-    found = {}
-    with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
-        model = root / "model"
-        _save_small_model(model)
-        for size in num_bytes:
-            text = root / f"{size}.txt"
-            text.write_text((sentence * (size // len(sentence) + 1))[:size])
-            found[size] = _peak_of_reading(model, text)
-    return found
-
-
-def _save_small_model(path: Path) -> None:
-    from statewright.models.tokenizers import byte_tokenizer
-
-    config = StatewrightConfig(vocab_size=257, hidden_size=128, num_hidden_layers=2)
-    StatewrightForCausalLM(config).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-
-
-def _peak_of_reading(model: Path, text: Path) -> int:
-    """In a process of its own, whose only child is the reader."""
-    code = (
-        "import resource, subprocess, sys; "
-        "subprocess.run(sys.argv[1:], check=True, stderr=subprocess.DEVNULL); "
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    )
-    read = [sys.executable, "-m", "statewright", "generate", str(model)]
-    read += ["--prompt-file", str(text), "--max-new-tokens", "0"]
-    command = [sys.executable, "-c", code, *read]
-    result = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
-    return int(result.stdout.split()[-1]) * 1024

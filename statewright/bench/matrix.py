@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -93,7 +94,7 @@ def _inputs(T: int, G: int, H: int, K: int, V: int, per_key: bool) -> list[Tenso
     return [*leaves, torch.zeros(1, H, K, V), dt, A]
 
 
-def _pair(layers: int) -> tuple[nn.Module, nn.Module]:
+def pair(layers: int) -> tuple[nn.Module, nn.Module]:
     """A random Mamba-2 of the 130M shape in transformers, and ours with its weights."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
@@ -136,11 +137,13 @@ def _gate(ours: nn.Module, theirs: nn.Module) -> tuple[dict[str, float], dict[st
 
 
 def prefill(layers: int, T: int) -> Case:
-    ours, theirs = _pair(layers)
+    ours, theirs = pair(layers)
     ids, x = torch.randint(50000, (1, T)), torch.randn(1, T, 768)
+    half = copy.deepcopy(ours).to(torch.bfloat16)
     methods: dict[str, Callable[[], Any]] = {
         "floor: projections": _projections(ours, x),
         "ours": torch.no_grad()(lambda: ours(ids, logits_to_keep=1)),
+        "ours, bfloat16": torch.no_grad()(lambda: half(ids, logits_to_keep=1)),
         "transformers": torch.no_grad()(lambda: theirs(ids, logits_to_keep=1, use_cache=True)),
     }
     name = f"Mamba-2 prefill, {layers} layers, width 768, T {T}"
@@ -149,7 +152,7 @@ def prefill(layers: int, T: int) -> Case:
 
 def decode(layers: int) -> Case:
     """Ten tokens, one by one, from the state after 64."""
-    ours, theirs = _pair(layers)
+    ours, theirs = pair(layers)
     ids, x = torch.randint(50000, (1, 64)), torch.randn(1, 1, 768)
     token = ids[:, :1]
     with torch.no_grad():
@@ -177,7 +180,7 @@ def decode(layers: int) -> Case:
 
 def training(layers: int, T: int) -> Case:
     """Forward, loss and backward."""
-    ours, theirs = _pair(layers)
+    ours, theirs = pair(layers)
     gate = _gate(ours, theirs)
     ids = torch.randint(50000, (1, T))
 

@@ -29,8 +29,7 @@ def bench(suite, quick: bool, threads, output_dir: str | None, readme: str | Non
         command = f"statewright bench --suite {name}" + (" --quick" if quick else "")
         about = environment(command)
         if name == "memory":
-            found = _memory(console, quick)
-            about |= {"peak_bytes": {str(size): peak for size, peak in found.items()}}
+            about |= _memory(console, quick)
             rows = []
         else:
             rows = []
@@ -50,14 +49,17 @@ def bench(suite, quick: bool, threads, output_dir: str | None, readme: str | Non
         write_readme(Path(readme), Path(output_dir))
 
 
-def _memory(console, quick: bool) -> dict[int, int]:
-    from statewright.bench.decode import peak_memory
+def _memory(console, quick: bool) -> dict:
+    from statewright.bench.memory import report
 
-    found = peak_memory((50_000, 200_000) if quick else (100_000, 3_000_000))
-    small, large = min(found), max(found)
+    found = report(quick)
+    small, large = sorted(found["peak_of_reading"].items(), key=lambda entry: int(entry[0]))
+    over = found["peak_of_prefill_over_model"]
     console.print(
-        f"reading {small:,} and {large:,} bytes: peak memory "
-        f"{found[large] / found[small] - 1:+.2%} ({found[small] / 2**20:,.0f} MiB)"
+        f"reading {int(small[0]):,} and {int(large[0]):,} bytes: peak memory "
+        f"{large[1] / small[1] - 1:+.2%} ({small[1] / 2**20:,.0f} MiB)\n"
+        f"Mamba-2 prefill {found['prefill']}: over the model ours {over['ours'] / 2**20:,.0f} MiB, "
+        f"transformers {over['theirs'] / 2**20:,.0f} MiB"
     )
     return found
 
