@@ -10,6 +10,11 @@ import pytest
 import torch
 
 
+# Small tensors gain nothing from threads, and two processes of two threads fight over two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
