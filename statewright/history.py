@@ -148,6 +148,8 @@ class History:
         if sizes[0] + sizes[last] > self.budget:
             kept = [last]
         self._keep(kept)
+        if kept == [last]:  # no way back, so nothing to read again
+            self.log, self._indices = TokenLog(self.log.num_rows), [0]
 
     def _spaced(self, spacing: float) -> list[int]:
         """Indices from newest to oldest whose gap is at least `spacing` of their age; both ends."""

@@ -47,7 +47,8 @@ class StateFile:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the model's config and of every parameter and buffer, dtype included."""
     config = getattr(model, "config", None)
-    entries = config.to_dict() if hasattr(config, "to_dict") else {}
+    # Without the defaults: a release that adds an option must not orphan the files of the last.
+    entries = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
     kept = {k: v for k, v in entries.items() if k not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -139,7 +140,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     f"{path}: written by a newer statewright (format {header['format']}, "
                     f"this one reads up to {FORMAT}); update to read it"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: what safetensors returns is mapped, and would change with the file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except KeyError as error:
         raise ValueError(f"{path}: a safetensors file, but not a state file") from error
     except (SafetensorError, UnicodeDecodeError, TypeError, json.JSONDecodeError) as error:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from statewright.cli.common import COUNT
+
+# Tokens after which a character that does not end is taken for garbage.
+_MAX_HELD = 64
 
 
 @click.command()
@@ -99,33 +103,40 @@ def feed_text(session: Any, tokenizer: Any, pieces: Any, advance: Any = None) ->
 
 def _write(session: Any, tokenizer: Any, prompt: str | None, options: dict[str, Any]) -> None:
     """Stream text to stdout; a token may be part of a character, so decode what is complete."""
+    from statewright.train.data import encode
+
     if prompt:
         sys.stdout.write(prompt)
+    context = next(encode([prompt], tokenizer))[-1:] if prompt else []
     names = ("temperature", "top_k", "top_p", "seed")
     stream = session.stream(
         options["max_new_tokens"],
         stop=tokenizer.eos_token_id,
         **{name: options[name] for name in names},
     )
-    for text in decode_stream(tokenizer, (int(ids[0]) for ids in stream)):
+    for text in decode_stream(tokenizer, (int(ids[0]) for ids in stream), context):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
 
-def decode_stream(tokenizer: Any, ids: Any) -> Any:
-    """Yield the text of ids as soon as it is certain, never half a character."""
-    held: list[int] = []
+def decode_stream(tokenizer: Any, ids: Iterable[int], context: Sequence[int] = ()) -> Iterator[str]:
+    """Yield the text of ids as soon as it is certain, never half a character.
+
+    Every piece is decoded behind the one before it (first: behind `context`), because many
+    tokenizers drop the space before the first word that they decode.
+    """
+    before, held = list(context), []
     for token in ids:
         if token == tokenizer.eos_token_id:
             break
         held.append(token)
-        text = tokenizer.decode(held)
-        if not text.endswith("\ufffd") or len(held) > 8:
-            yield text
-            held = []
+        text = tokenizer.decode(before + held)
+        if not text.endswith("\ufffd") or len(held) >= _MAX_HELD:
+            yield text[len(tokenizer.decode(before)) :]
+            before, held = held, []
     if held:
-        yield tokenizer.decode(held)
+        yield tokenizer.decode(before + held)[len(tokenizer.decode(before)) :]
 
 
 def _begin_id(tokenizer: Any) -> int:

@@ -24,6 +24,7 @@ from statewright.state import State
 RUN_FILE = "run.json"
 _OPTIMIZER, _STATE = "optimizer.safetensors", "lanes.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_RECORD = {"config", "data", "seconds", "metrics_bytes"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,11 @@ class Checkpoint:
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Load weights and optimizer into place, exactly. ValueError if they do not fit."""
         weights = read_tensors(self.path / "model.safetensors")
-        missing, unexpected = model.load_state_dict(weights, strict=False)
+        try:
+            missing, unexpected = model.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{self.path}: weights do not fit this model: {reason}") from error
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         if set(missing) - tied or unexpected:
             odd = sorted((set(missing) - tied) | set(unexpected))
@@ -93,10 +98,11 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
         write(beside)
         for file in beside.rglob("*"):
             sync(file)
-        if path.exists():
-            shutil.rmtree(path)
+        old = _hide(path) if path.exists() else None
         beside.rename(path)
         sync(path.parent)
+        if old is not None:
+            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -120,24 +126,34 @@ def checkpoints(directory: str | Path) -> list[Checkpoint]:
     for path in Path(directory).glob("checkpoint-*"):
         match = _NAME.fullmatch(path.name)
         if match and (path / RUN_FILE).is_file():
-            try:
-                record = json.loads((path / RUN_FILE).read_text())
-            except ValueError as error:
-                raise ValueError(f"{path / RUN_FILE}: damaged ({error})") from error
-            found.append(Checkpoint(path, int(match[1]), record))
+            found.append(Checkpoint(path, int(match[1]), _read_record(path / RUN_FILE)))
     return sorted(found, key=lambda c: c.step)
 
 
 def rotate(directory: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what a killed save left behind."""
     for old in checkpoints(directory)[:-keep]:
-        # Out of sight first: a half-deleted directory must not look like a checkpoint.
-        hidden = old.path.with_name(f".{old.path.name}.deleting")
-        old.path.rename(hidden)
-        shutil.rmtree(hidden)
+        shutil.rmtree(_hide(old.path))
     for pattern in (".*.writing", ".checkpoint-*.deleting"):
         for left in directory.glob(pattern):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _hide(path: Path) -> Path:
+    """Out of sight before deleting: a half-deleted directory must not look like a checkpoint."""
+    hidden = path.with_name(f".{path.name}.deleting")
+    shutil.rmtree(hidden, ignore_errors=True)
+    return path.rename(hidden)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+    if not isinstance(record, dict) or not record.keys() >= _RECORD:
+        raise ValueError(f"{path}: damaged (not the record of a run)")
+    return record
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,13 @@ class TrainConfig:
             raise ValueError(f"learning_rate={self.learning_rate}, expected a positive number")
         if not self.clip > 0:
             raise ValueError(f"clip={self.clip}, expected a positive number")
+        for name in ("num_warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least 0")
+        for name in ("schedule", "dtype"):
+            known = get_args(get_type_hints(TrainConfig)[name])
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected one of {known}")
         if not 0 <= self.final_rate <= 1:
             raise ValueError(f"final_rate={self.final_rate}, expected a share of learning_rate")
 

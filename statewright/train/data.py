@@ -186,12 +186,19 @@ class Lanes:
 
 
 def stretches(corpus: Corpus, num_rows: int, length: int) -> Iterator[Batch]:
-    """One pass over a corpus for evaluation: `num_rows` stretches, the last piece shorter."""
+    """One pass over a corpus for evaluation: every target once, in `num_rows` stretches.
+
+    The last piece is shorter; the last row may be, and its labels beyond the text are ignored.
+    """
     lanes = Lanes(corpus, num_rows, 1)
-    stretch = lanes.num_targets // num_rows
+    stretch = -(-lanes.num_targets // num_rows)
     for begin in range(0, stretch, length):
         columns = np.arange(begin, min(begin + length, stretch))
         at = np.arange(num_rows)[:, None] * stretch + columns
+        beyond = at >= lanes.num_targets
+        at[beyond] = lanes.num_targets - 1
         reset = np.isin(at, corpus.starts)
         reset[:, 0] |= begin == 0
-        yield lanes._batch(at, reset)
+        batch = lanes._batch(at, reset)
+        batch.labels[torch.from_numpy(beyond)] = IGNORED
+        yield batch
