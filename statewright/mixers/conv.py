@@ -59,14 +59,13 @@ class CausalConv(nn.Module):
         if reset is not None:
             ids = reset.cumsum(1)
             segment = torch.cat([ids.new_zeros(ids.shape[0], W - 1), ids], 1).unsqueeze(-1)
-        y = padded[:, W - 1 :] * self.weight[:, W - 1]
+        newest, last = padded[:, W - 1 :], self.weight[:, W - 1]
+        y = newest * last if self.bias is None else torch.addcmul(self.bias, newest, last)
         for w in range(W - 1):
             term = padded[:, w : w + T]
             if segment is not None:
                 term = term * (segment[:, w : w + T] == segment[:, W - 1 :])
-            y = torch.addcmul(y, term, self.weight[:, w])
-        if self.bias is not None:
-            y = y + self.bias
+            y.addcmul_(term, self.weight[:, w])
         return y, self._last_taps(padded, segment, lengths)
 
     def _last_taps(self, padded: Tensor, segment: Tensor | None, lengths: Tensor | None) -> Tensor:

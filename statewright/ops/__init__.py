@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from statewright.ops import log_space, native, ref, torch_matrix, torch_scan
+from statewright.ops import log_space, native, native_matrix, ref, torch_matrix, torch_scan
 from statewright.shapes import require
 
 VECTOR_BACKENDS: dict[str, Callable] = {
@@ -32,6 +32,7 @@ VECTOR_BACKENDS: dict[str, Callable] = {
 MATRIX_BACKENDS: dict[str, Callable] = {
     "ref": ref.matrix_scan,
     "torch": torch_matrix.matrix_scan,
+    "native": native_matrix.matrix_scan,
 }
 
 _default = "auto"
@@ -105,7 +106,8 @@ def matrix_scan(
         raise ValueError(f"matrix_scan: {G} groups of q and k do not divide {H} heads of v")
     if T == 0:
         return torch.empty_like(v), S0.to(state_dtype(v.dtype, S0.dtype), copy=True)
-    return _known(backend or _default, MATRIX_BACKENDS, False)(q, k, v, log_a, S0, reset)
+    fits = native_matrix.supports(q, k, v, log_a, S0, reset) and _native_is_built()
+    return _known(backend or _default, MATRIX_BACKENDS, fits)(q, k, v, log_a, S0, reset)
 
 
 def state_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -147,7 +149,7 @@ def _announce_absence() -> None:
 
 def _known(name: str, backends: dict[str, Callable], fits: bool) -> Callable:
     if name == "auto":
-        return backends["native" if fits and "native" in backends else "torch"]
+        return backends["native" if fits else "torch"]
     if name not in backends:
         known = ", ".join(["auto", *backends])
         raise ValueError(f"unknown scan backend {name!r} (known: {known})")

@@ -19,7 +19,13 @@ _KERNELS = {
     "scan_backward": [_POINTER] * 9 + [_SIZE] * 3 + [_INT],
     "gated_forward": [_POINTER] * 6 + [_SIZE] * 3 + [_INT] * 2,
     "gated_backward": [_POINTER] * 10 + [_SIZE] * 3 + [_INT] * 2,
+    # The last pointer is to the sizes. These return 1 where there is no memory for their work.
+    "matrix_forward": [_POINTER] * 9 + [_INT],
+    "matrix_backward": [_POINTER] * 14 + [_INT],
+    "vector_forward": [_POINTER] * 9 + [_INT],
+    "vector_backward": [_POINTER] * 14 + [_INT],
 }
+_RETURNS_STATUS = ("matrix_", "vector_")
 
 # The state and everything carried is at least float32, whatever the dtype in memory.
 STATE_DTYPES = {
@@ -60,5 +66,6 @@ def kernel(name: str, dtype: torch.dtype) -> Any:
     if opened is None:
         raise RuntimeError(f"the C kernels are not available: {reason}")
     function = getattr(opened, f"sw_{name}_{_SUFFIXES[dtype]}")
-    function.argtypes, function.restype = _KERNELS[name], None
+    function.argtypes = _KERNELS[name]
+    function.restype = _INT if name.startswith(_RETURNS_STATUS) else None
     return function
