@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from statewright.hf.host import as_host
 from statewright.history import History, Snapshot
 from statewright.shapes import require
 from statewright.state import State
@@ -34,23 +35,28 @@ class Session:
     `feed(ids)` reads in pieces of at most `chunk` tokens; every call and every piece is a
     recorded split point, so that `rewind` and a second reading at the same splits give
     bit-identical logits. `snapshot_bytes` bounds the snapshots that `rewind` starts from.
-    Raises ValueError for a state of another batch size than `batch_size`.
+    `batch_size` is that of `state`, or 1; ValueError if it contradicts the state. The model is
+    ours or any transformers causal LM (`hf.host.ForeignModel`).
     """
 
     def __init__(
         self,
         model: nn.Module,
         state: State | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         chunk: int = _CHUNK,
         snapshot_bytes: int = 64 * 1024**2,
     ) -> None:
         if chunk < 1:
             raise ValueError(f"Session: chunk={chunk}, expected at least 1")
-        self.model = model.eval()
+        self.model = model = as_host(model).eval()
         self.chunk = chunk
         if state is None:
-            state = model.init_state(batch_size)
+            state = model.init_state(1 if batch_size is None else batch_size)
+        elif batch_size not in (None, state.batch_size):
+            raise ValueError(
+                f"Session: batch_size={batch_size}, but the state has {state.batch_size} rows"
+            )
         self._state = state.detach()
         self._logits: Tensor | None = None
         self._hash = RollingHash(state.batch_size)
@@ -172,6 +178,7 @@ class Session:
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, **options: Any) -> Session:
         """Continue from a file written by `save` under the same model (ValueError otherwise)."""
+        model = as_host(model)
         file = read_state_file(path, model)
         options.setdefault("chunk", file.about.get("chunk", _CHUNK))
         budget = options.get("snapshot_bytes", 64 * 1024**2)

@@ -265,6 +265,14 @@ class KVState(State):
 
 
 @state_type
+class OpaqueState(State):
+    """What a foreign cache holds and we do not decode: named tensors in `extra`, each batch first.
+
+    Sized, saved, forked and restored as a whole; `statewright.hf.bridge` writes it back.
+    """
+
+
+@state_type
 class ModelState(State):
     """The states of all layers; a layer may hold a tuple of states (hybrid layers)."""
 

@@ -74,7 +74,7 @@ def save_state(
     path = Path(path)
     tensors = {_STATE + name: tensor for name, tensor in state.items()}
     tensors |= {_BESIDE + name: tensor for name, tensor in (beside or {}).items()}
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    tensors = {name: _packed(t.detach().cpu()) for name, t in tensors.items()}
     header = {
         "format": FORMAT,
         "structure": _structure(state),
@@ -188,9 +188,15 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 def _digest_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().view(-1)
+    flat = tensor.detach().cpu().reshape(-1)
+    flat = flat if flat.stride() == (1,) else _packed(flat)
     if flat.numel():
         digest.update(flat.view(torch.uint8).numpy().data)
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """A fresh copy with the strides of its shape (`contiguous` skips axes of size 1)."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,21 +13,36 @@ from statewright.cli.common import COUNT, human_bytes
 
 
 @click.command()
-@click.argument("model", type=click.Path())
+@click.argument("model", required=False, type=click.Path())
+@click.option("--family", help="A tiny model of this family instead of MODEL.")
 @click.option("--context", type=COUNT, default=32 * 1024, show_default=True, help="Tokens read.")
 @click.option("--batch", type=COUNT, default=1, show_default=True, help="Rows.")
+@click.option("--measure", "measured", is_flag=True, help="Read that many tokens: peak memory.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that a checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def size(model: str, context: int, batch: int, as_json: bool) -> None:
+def size(model: str | None, family: str | None, as_json: bool, **options: Any) -> None:
     """Show the state of MODEL after --context tokens, measured from its tensors.
 
+    MODEL is ours or any causal LM of transformers; of the latter its config.json is enough.
     Beside it stands the key/value cache of a Transformer of the same depth, width and dtype
     (all heads kept), and the length at which that cache outgrows this state.
     """
     from statewright.cli.common import quiet_libraries
-    from statewright.models import load
 
+    if (model is None) == (family is None):
+        raise click.UsageError("give exactly one of MODEL and --family")
+    context, batch = options["context"], options["batch"]
+    if context < 1 or batch < 1:
+        raise ValueError(f"size: context={context}, batch={batch}, expected at least 1")
     quiet_libraries()
-    report = measure(load(model), context, batch)
+    if model is not None and _is_ours(model):
+        from statewright.models import load
+
+        report = measure(load(model), context, batch)
+    else:
+        report = measure_foreign(_config(model, family, options), context, batch)
+    if options["measured"]:
+        report["peak"] = _peak(model, family, options)
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
@@ -33,24 +50,114 @@ def size(model: str, context: int, batch: int, as_json: bool) -> None:
 
 
 def measure(model: Any, context: int, batch: int) -> dict[str, Any]:
-    """Bytes by layer and tensor for `batch` rows; recurrent states do not depend on `context`."""
-    if context < 1 or batch < 1:
-        raise ValueError(f"size: context={context}, batch={batch}, expected at least 1")
+    """Bytes by layer and tensor of our model's state for `batch` rows after `context` tokens."""
+    from statewright.hf.bridge import kinds_of
+    from statewright.hf.sizing import own_layer_sizes
+    from statewright.state import KVState
+
     state = model.init_state(batch)
+    grows = any(isinstance(layer, KVState) for layer in state.layers)
+    if grows and not model.config.policy:
+        sizes = own_layer_sizes(model, batch)
+        return _from_sizes(model.config, model.dtype, context, batch, sizes, state.seen.nbytes)
+    if grows:  # what a policy keeps is known when it has read
+        state = _read(model, context, batch)
     layers = []
     for layer in state.layers:
         tensors = {name: t.numel() * t.element_size() for name, t in layer.items()}
         layers.append({"kind": type(layer).__name__, "bytes": layer.nbytes, "tensors": tensors})
-    config = model.config
-    per_token = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    return _report(
+        model.config, model.dtype, context, batch, layers, kinds_of(state), lambda n: state.nbytes
+    )
+
+
+def measure_foreign(config: Any, context: int, batch: int) -> dict[str, Any]:
+    """As `measure`, for a transformers config; nothing is loaded."""
+    import torch
+
+    from statewright.hf.sizing import layer_sizes
+
+    text, dtype = config.get_text_config(decoder=True), getattr(config, "dtype", None)
+    dtype = dtype or torch.float32
+    return _from_sizes(text, dtype, context, batch, layer_sizes(config, batch), 0)
+
+
+def _from_sizes(
+    config: Any, dtype: Any, context: int, batch: int, sizes: Any, beside: int
+) -> dict[str, Any]:
+    layers, kinds = [], {}
+    for entry in sizes:
+        found = {kind: count for kind, count in entry.at(context).items() if count}
+        layers.append({"kind": entry.kind, "bytes": sum(found.values()), "tensors": found})
+        for kind, count in found.items():
+            kinds[kind] = kinds.get(kind, 0) + count
+
+    def state_bytes(n: int) -> int:
+        return beside + sum(sum(entry.at(n).values()) for entry in sizes)
+
+    return _report(config, dtype, context, batch, layers, kinds, state_bytes)
+
+
+def _read(model: Any, context: int, batch: int) -> Any:
+    from statewright.checks.runner import runner_of
+    from statewright.session import Session
+
+    session = Session(model, batch_size=batch, snapshot_bytes=0)
+    session.feed(runner_of(model).random_ids(batch, context))
+    return session.state
+
+
+def _report(
+    config: Any, dtype: Any, context: int, batch: int, layers: Any, kinds: Any, state_bytes: Any
+) -> dict[str, Any]:
+    from statewright.hf.sizing import crossover
+
+    per_token = 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize * batch
     return {
         "context": context,
         "batch": batch,
-        "state_bytes": state.nbytes,
+        "state_bytes": state_bytes(context),
+        "kinds": {kind: count for kind, count in kinds.items() if count},
+        "grows": state_bytes(context + 1) != state_bytes(context),
         "layers": layers,
-        "transformer_bytes": per_token * context * batch,
-        "crossover_tokens": -(-state.nbytes // (per_token * batch)),
+        "transformer_bytes": per_token * context,
+        "crossover_tokens": crossover(state_bytes, per_token),
     }
+
+
+def _is_ours(model: str) -> bool:
+    from statewright.checks.load import is_ours
+    from statewright.models.load import read_config
+
+    path = Path(model)
+    return path.is_dir() and is_ours(read_config(path))
+
+
+def _config(model: str | None, family: str | None, options: dict[str, Any]) -> Any:
+    if family is not None:
+        from statewright.hf.families import tiny_config
+
+        return tiny_config(family)
+    from statewright.hf.loading import load_config
+
+    return load_config(model, options["trust_remote_code"])
+
+
+def _peak(model: str | None, family: str | None, options: dict[str, Any]) -> dict[str, int]:
+    from statewright.checks.load import load_any
+    from statewright.checks.peak import reading_peak
+    from statewright.hf.families import tiny
+
+    if family is not None:
+        net = tiny(family)
+    else:
+        net = load_any(model, None, options["trust_remote_code"])
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        peak = reading_peak(net, options["context"], options["batch"])
+    for text in dict.fromkeys(str(w.message) for w in notes if w.category is UserWarning):
+        click.echo(f"statewright: {text}", err=True)
+    return peak
 
 
 def _table(report: dict[str, Any]) -> None:
@@ -67,10 +174,21 @@ def _table(report: dict[str, Any]) -> None:
         table.add_row(str(i), layer["kind"], inside, f"{layer['bytes']:,}")
     console = Console()
     console.print(table)
-    ratio = report["transformer_bytes"] / report["state_bytes"]
+    ratio = report["transformer_bytes"] / max(report["state_bytes"], 1)
+    when = f"at {report['context']:,} tokens" if report["grows"] else "at any length"
+    cross = report["crossover_tokens"]
+    kinds = ", ".join(f"{kind} {human_bytes(n)}" for kind, n in report["kinds"].items())
     console.print(
-        f"state            {human_bytes(report['state_bytes']):>12}  at any length\n"
+        f"state            {human_bytes(report['state_bytes']):>12}  {when} ({kinds})\n"
         f"Transformer      {human_bytes(report['transformer_bytes']):>12}  "
-        f"at {report['context']:,} tokens ({ratio:,.0f}x)\n"
-        f"crossover        {report['crossover_tokens']:>12,}  tokens"
+        f"at {report['context']:,} tokens ({ratio:,.1f}x)\n"
+        f"crossover        {'never' if cross is None else f'{cross:,}':>12}  tokens"
     )
+    if "peak" in report:
+        peak = report["peak"]
+        console.print(
+            f"measured         {human_bytes(peak['state_bytes']):>12}  held after reading "
+            f"{report['context']:,} tokens, our positions included\n"
+            f"peak             {human_bytes(peak['peak_bytes']):>12}  more than before, while "
+            f"reading in pieces of {peak['chunk']:,}"
+        )

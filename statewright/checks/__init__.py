@@ -1,0 +1,1 @@
+"""The laws on any causal LM: ours, or transformers' as its users call it."""
