@@ -11,20 +11,22 @@ for everything we ship; `statewright check` calls the same functions on anybody'
 | 3 | gradient  | gradients through law 2 agree; state.detach() cuts exactly there          |
 | 4 | value     | the state passed in is bit-identical afterwards; forks never meet         |
 | 5 | rows      | rows are independent; masked tokens do not exist; a reset starts afresh   |
-| 6 | bound     | a recurrent state never grows                                             |
+| 6 | bound     | a recurrent state never grows; a policy's budget holds after every call   |
 | 7 | roundtrip | copies, resizes and reloads continue bit-identically                      |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from statewright.policies import Eviction
+from statewright.policies.measure import bytes_over, canonical, lists_of, slots_over
 from statewright.state import State, cat
 
 # One table, the same on every machine: largest error relative to the largest value.
@@ -66,9 +68,28 @@ class ModelSubject(nn.Module):
         self.init_state, self.random_state = model.init_state, model.random_state
         self.step = model.step
 
-    def forward(self, x, state=None, mask=None, reset=None) -> tuple[Tensor, State]:
-        out = self.model(inputs_embeds=x, state=state, attention_mask=mask, reset=reset)
+    def forward(self, x, state=None, mask=None, reset=None, policy=None) -> tuple[Tensor, State]:
+        flags = {"attention_mask": mask, "reset": reset}
+        # A model without the argument may still be tried as it is.
+        bounds = {} if policy is None else {"policy": policy}
+        out = self.model(inputs_embeds=x, state=state, **flags, **bounds)
         return out.logits, out.state
+
+
+class Bounded(nn.Module):
+    """A subject under a policy: every call passes it."""
+
+    def __init__(self, subject: nn.Module, policy: Eviction) -> None:
+        super().__init__()
+        self.subject, self.policy = subject, policy
+        self.hidden_size = subject.hidden_size
+        self.init_state, self.random_state = subject.init_state, subject.random_state
+
+    def step(self, x, state, mask=None, reset=None) -> tuple[Tensor, State]:
+        return self.subject.step(x, state, mask, reset, self.policy)
+
+    def forward(self, x, state=None, mask=None, reset=None) -> tuple[Tensor, State]:
+        return self.subject(x, state, mask, reset, self.policy)
 
 
 @dataclass(frozen=True)
@@ -116,7 +137,7 @@ class Finding:
 def error(got: Tensor | State, want: Tensor | State) -> float:
     """Largest difference over the largest value; infinite if structure, shape or counts differ."""
     if isinstance(want, State):
-        pairs, wanted = dict(got.items()), dict(want.items())
+        pairs, wanted = dict(canonical(got).items()), dict(canonical(want).items())
         if pairs.keys() != wanted.keys():
             return float("inf")
         return max(error(pairs[name], tensor) for name, tensor in wanted.items())
@@ -222,14 +243,38 @@ def rows(subject: Subject, case: Case) -> Finding:
 
 
 def bound(subject: Subject, case: Case) -> Finding:
-    """Law 6 for recurrent states: the bytes after any number of tokens are those of the start."""
+    """Law 6: a recurrent state's bytes never change; lists obey their budget after every call."""
     x, state, mask, reset = case.draw(subject)
+    if lists_of(state):
+        return _bound_of_lists(subject, case)
     sizes = {subject.init_state(case.batch).nbytes, state.nbytes}
     for length in (1, case.length):
         flags = (None if f is None else f[:, :length] for f in (mask, reset))
         sizes.add(subject(x[:, :length], state, *flags)[1].nbytes)
     growth = float(max(sizes) - min(sizes))
     return Finding("bound", growth, 0.0, "bytes after 0, 1 and all tokens")
+
+
+def _bound_of_lists(subject: Subject, case: Case) -> Finding:
+    """N <= budget + (seen mod every) after each call; a budget never reached changes nothing."""
+    x, _, mask, reset = case.draw(subject)
+    policy, excess = getattr(subject, "policy", None), 0.0
+    state, begin = subject.init_state(case.batch), 0
+    for end in [*range(1, case.length // 2), case.length]:
+        flags = (None if f is None else f[:, begin:end] for f in (mask, reset))
+        _, state = subject(x[:, begin:end], state, *flags)
+        begin = end
+        for layer in lists_of(state):
+            excess = max(excess, slots_over(layer, policy, end))
+        if policy is not None and isinstance(policy.budget, str):
+            excess = max(excess, max(bytes_over(state.rows(i), policy) for i in range(case.batch)))
+    compared = "slots after every call"
+    if excess > 0 or policy is None:
+        return Finding("bound", excess, 0.0, compared)
+    free = Bounded(subject.subject, replace(policy, budget=case.length + policy.smallest))
+    idle, unbounded = free(x, None, mask, reset)[0], subject.subject(x, None, mask, reset)[0]
+    difference = error(*_visible(idle, unbounded, mask))
+    return Finding("bound", difference, case.tolerance, f"{compared}, and an idle budget")
 
 
 def roundtrip(

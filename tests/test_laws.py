@@ -26,6 +26,8 @@ MIXERS = [
     "gla:num_heads=3:expand_k=1",
     "gla:num_heads=2:conv_kernel=4:feature_map=elu:output_gate=false:expand_k=1",
     "mamba:state_size=3",
+    "attention:num_heads=4:num_kv_heads=2:head_dim=4",
+    "attention:num_heads=3:window=6:head_dim=4:qk_norm=true:qkv_bias=true",
 ]
 SCANNED = [m for m in MIXERS if "min" in m]
 MATRIX = [m for m in MIXERS if m.startswith(("mamba", "gla"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statewright import spec
+from statewright.mixers.attention import Attention
 from statewright.mixers.base import Mixer, VectorMixer
 from statewright.mixers.conv import CausalConv
 from statewright.mixers.gla import GLA
@@ -20,6 +21,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba2": Mamba2,
     "gla": GLA,
     "mamba": Mamba,
+    "attention": Attention,
 }
 
 
@@ -33,6 +35,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "MIXERS",
+    "Attention",
     "CausalConv",
     "Mamba",
     "Mamba2",

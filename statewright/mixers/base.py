@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from statewright.ops import state_dtype, vector_scan
+from statewright.policies import Policy
 from statewright.shapes import require
 from statewright.state import State, VectorState
 
@@ -36,9 +37,18 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def step(
-        self, x: Tensor, state: State, mask: Tensor | None = None, reset: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        policy: Policy | None = None,
     ) -> tuple[Tensor, State]:
-        """The definition: one token x (B, D), with mask and reset (B,) bool, -> y (B, D), state."""
+        """The definition: one token x (B, D), with mask and reset (B,) bool, -> y (B, D), state.
+
+        An `Eviction` policy bounds a list of keys and values; a recurrent state has none, so it
+        leaves recurrent mixers untouched, here and in `forward`.
+        """
         B, _ = require(type(self).__name__, "x", x, "B D", D=self.hidden_size)
         self.check(state, B)
         if reset is not None:
@@ -54,6 +64,7 @@ class Mixer(nn.Module):
         state: State | None = None,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
+        policy: Policy | None = None,
     ) -> tuple[Tensor, State]:
         """Many tokens: x (B, T, D), mask and reset (B, T) bool -> y (B, T, D) and the state.
 
@@ -189,6 +200,7 @@ class VectorMixer(Mixer):
         state: State | None = None,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
+        policy: Policy | None = None,
     ) -> tuple[Tensor, State]:
         state = self.begin(x, state, mask, reset)
         T = x.shape[1]

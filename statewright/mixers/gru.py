@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from statewright.mixers.base import Mixer, advance_seen, inner_size
 from statewright.mixers.ragged import Compaction
 from statewright.ops import state_dtype
+from statewright.policies import Policy
 from statewright.shapes import require
 from statewright.state import State, VectorState
 
@@ -24,16 +25,26 @@ class NonlinearMixer(Mixer):
     float32, because it must carry the state in the input's dtype.
     """
 
-    rnn: nn.RNNBase
     names: tuple[str, ...]
 
-    def __init__(self, hidden_size: int, expansion: float, kernel: type[nn.RNNBase]) -> None:
+    def __init__(self, hidden_size: int, expansion: float, num_gates: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.inner_size = inner_size(hidden_size, expansion)
-        self.rnn = kernel(hidden_size, self.inner_size, batch_first=True)
+        # Parameters of our own, named as torch's: torch.compile refuses nn.GRU and nn.LSTM.
+        size = self.inner_size
+        self.weight_ih = nn.Parameter(torch.empty(num_gates * size, hidden_size))
+        self.weight_hh = nn.Parameter(torch.empty(num_gates * size, size))
+        self.bias_ih = nn.Parameter(torch.empty(num_gates * size))
+        self.bias_hh = nn.Parameter(torch.empty(num_gates * size))
+        self.reset_parameters()
         down = self.inner_size != hidden_size
         self.out_proj = nn.Linear(self.inner_size, hidden_size) if down else None
+
+    def reset_parameters(self) -> None:
+        """torch's: uniform within 1 / sqrt(inner)."""
+        for parameter in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh):
+            nn.init.uniform_(parameter, -(self.inner_size**-0.5), self.inner_size**-0.5)
 
     def cell(self, x: Tensor, hidden: Pair, weights: list[Tensor]) -> Pair:
         """One token of the paper's equations: the next hidden tensors."""
@@ -50,7 +61,7 @@ class NonlinearMixer(Mixer):
         raise NotImplementedError
 
     def init_state(self, batch_size: int) -> VectorState:
-        weight = self.rnn.weight_hh_l0
+        weight = self.weight_hh
         dtype = state_dtype(weight.dtype)
         zeros = [weight.new_zeros(batch_size, self.inner_size, dtype=dtype) for _ in self.names]
         seen = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
@@ -80,6 +91,7 @@ class NonlinearMixer(Mixer):
         state: State | None = None,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
+        policy: Policy | None = None,
     ) -> tuple[Tensor, State]:
         state = self.begin(x, state, mask, reset)
         if x.shape[1] == 0:
@@ -148,8 +160,8 @@ class NonlinearMixer(Mixer):
         return state
 
     def _weights(self, dtype: torch.dtype) -> list[Tensor]:
-        r = self.rnn
-        return [w.to(dtype) for w in (r.weight_ih_l0, r.weight_hh_l0, r.bias_ih_l0, r.bias_hh_l0)]
+        own = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return [w.to(dtype) for w in own]
 
     def _output(self, h: Tensor, x: Tensor) -> Tensor:
         h = h.to(x.dtype)
@@ -166,7 +178,7 @@ class GRU(NonlinearMixer):
     names = ("h",)
 
     def __init__(self, hidden_size: int, expansion: float = 1.0) -> None:
-        super().__init__(hidden_size, expansion, nn.GRU)
+        super().__init__(hidden_size, expansion, 3)
 
     def cell(self, x: Tensor, hidden: Pair, weights: list[Tensor]) -> Pair:
         w_ih, w_hh, b_ih, b_hh = weights
@@ -200,7 +212,7 @@ class LSTM(NonlinearMixer):
     names = ("h", "c")
 
     def __init__(self, hidden_size: int, expansion: float = 1.0) -> None:
-        super().__init__(hidden_size, expansion, nn.LSTM)
+        super().__init__(hidden_size, expansion, 4)
 
     def cell(self, x: Tensor, hidden: Pair, weights: list[Tensor]) -> Pair:
         w_ih, w_hh, b_ih, b_hh = weights

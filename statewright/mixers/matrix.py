@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from statewright import ops
 from statewright.mixers.base import Mixer, advance_seen
 from statewright.mixers.conv import CausalConv
 from statewright.ops import matrix_scan, state_dtype
+from statewright.policies import Policy
 from statewright.shapes import require
 from statewright.state import MatrixState, State
 
@@ -95,12 +97,13 @@ class MatrixMixer(Mixer):
         state: State | None = None,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
+        policy: Policy | None = None,
     ) -> tuple[Tensor, State]:
         state = self.begin(x, state, mask, reset)
         T = x.shape[1]
         if T == 0:
             return torch.empty_like(x), state
-        if T == 1:
+        if T == 1 and not ops.use_fused(x, state.S):
             flags = [None if f is None else f[:, 0] for f in (mask, reset)]
             y, state = self.step(x[:, 0], state, *flags)
             return y.unsqueeze(1), state
@@ -120,6 +123,7 @@ class MatrixMixer(Mixer):
     ) -> tuple[Tensor, Tensor]:
         """All tokens at once; a masked token has decay 1 and writes nothing."""
         q, k, v, log_a = self.gates(u, rest)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if mask is not None:
             ignored = ~mask[:, :, None, None]
             v, log_a = v.masked_fill(ignored, 0), log_a.masked_fill(ignored, 0)

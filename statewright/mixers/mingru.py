@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from statewright import ops
 from statewright.mixers.base import VectorMixer, advance_seen
 from statewright.ops import native, state_dtype
+from statewright.policies import Policy
 from statewright.state import State, VectorState
 
 Form = Literal["log", "vanilla"]
@@ -69,6 +70,7 @@ class MinimalMixer(VectorMixer):
         state: State | None = None,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
+        policy: Policy | None = None,
     ) -> tuple[Tensor, State]:
         state = self.begin(x, state, mask, reset)
         T = x.shape[1]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statewright.mixers import CausalConv, Mixer, build_mixer
+from statewright.mixers import Attention, CausalConv, Mixer, build_mixer
 from statewright.models.config import StatewrightConfig
+from statewright.policies import Policy, build_policy
 from statewright.shapes import require
 from statewright.state import State
 
@@ -56,13 +59,28 @@ class Block(Mixer):
         sizes = {"B": batch_size, "tap": self.conv.width - 1, "D": self.hidden_size}
         require("Block", f"state's {_TAPS}", state.extra[_TAPS], "B tap D", **sizes)
 
-    def update(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(
+        self,
+        x: Tensor,
+        state: State,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        policy: Policy | None = None,
+    ) -> tuple[Tensor, State]:
+        B, _ = require("Block", "x", x, "B D", D=self.hidden_size)
+        self.check(state, B)
         inner = state
         if self.conv is not None:
-            y, taps = self.conv.update(x, state.extra[_TAPS])
+            old = state.extra[_TAPS]
+            if reset is not None:
+                starts = reset if mask is None else reset & mask
+                old = torch.where(starts.view(-1, 1, 1), self.conv.init_taps(B), old)
+            y, taps = self.conv.update(x, old)
+            if mask is not None:
+                taps = torch.where(mask.view(-1, 1, 1), taps, old)
             x = x + self.dropout(y)
             inner = state.without_extra(_TAPS)
-        y, inner = self.mixer.update(self.norm(x), inner)
+        y, inner = self.mixer.step(self.norm(x), inner, mask, reset, policy)
         if self.conv is not None:
             inner = inner.with_extra(_TAPS, taps, _TAPS_AXES)
         return self._mlp(x + self.dropout(y)), inner
@@ -73,19 +91,30 @@ class Block(Mixer):
         state: State | None = None,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
+        policy: Policy | None = None,
     ) -> tuple[Tensor, State]:
         state = inner = self.begin(x, state, mask, reset)
         if self.conv is not None:
             y, taps = self.conv(x, state.extra[_TAPS], mask, reset)
             x = x + self.dropout(y)
             inner = state.without_extra(_TAPS)
-        y, inner = self.mixer(self.norm(x), inner, mask, reset)
+        y, inner = self.mixer(self.norm(x), inner, mask, reset, policy)
         if self.conv is not None:
             inner = inner.with_extra(_TAPS, taps, _TAPS_AXES)
         return self._mlp(x + self.dropout(y)), inner
 
     def _mlp(self, x: Tensor) -> Tensor:
         return x if self.mlp is None else x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+def layer_policies(blocks: Iterable[nn.Module], policy: Policy | str | None) -> list[Policy | None]:
+    """Each block's own policy: the blocks that hold lists share it, the others have none."""
+    chosen = build_policy(policy)
+    lists = [isinstance(block.mixer, Attention) for block in blocks]
+    if chosen is None:
+        return [None] * len(lists)
+    before = [sum(lists[:i]) for i in range(len(lists))]
+    return [chosen.for_layer(n, sum(lists)) if own else None for n, own in zip(before, lists)]
 
 
 class SwiGLU(nn.Module):

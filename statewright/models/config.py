@@ -6,6 +6,8 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
+from statewright.policies import build_policy
+
 
 class StatewrightConfig(PreTrainedConfig):
     """Hugging Face configuration of `StatewrightForCausalLM`.
@@ -13,7 +15,8 @@ class StatewrightConfig(PreTrainedConfig):
     mixer: a spec string such as "mingru:expansion=2", or a list of them, cycled over the layers
     (hybrids); sizes that differ per layer stand in the strings. The papers' block options, all
     per layer: conv_kernel (0: no convolution; 4: Conv4), mlp_ratio (0: no MLP; mlp_size overrides
-    it), mlp, norm, dropout.
+    it), mlp, norm, dropout. policy: a spec such as "tova:budget=512", the default of the models'
+    argument `policy`, which overrides it ("none" switches it off).
     """
 
     model_type = "statewright"
@@ -30,6 +33,7 @@ class StatewrightConfig(PreTrainedConfig):
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-6
     dropout: float = 0.0
+    policy: str | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -38,6 +42,7 @@ class StatewrightConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
+        build_policy(self.policy)
         if not self.mixer:
             raise ValueError("config: mixer is empty, expected a spec such as 'mingru'")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers"):

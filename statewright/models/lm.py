@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,10 @@ from transformers.utils import ModelOutput
 
 from statewright.hf.cache import StateCache
 from statewright.mixers.base import advance_seen
-from statewright.models.block import Block, make_norm
+from statewright.models.block import Block, layer_policies, make_norm
 from statewright.models.config import StatewrightConfig
 from statewright.models.shim import write_shim
+from statewright.policies import Policy, build_policy
 from statewright.shapes import require
 from statewright.state import ModelState
 
@@ -85,6 +87,11 @@ class StatewrightModel(StatewrightPreTrainedModel):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
+        if build_policy(config.policy) is not None:
+            message = (
+                f"the config bounds this model by default: {config.policy}; policy='none' does not"
+            )
+            warnings.warn(message, stacklevel=3)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -110,12 +117,14 @@ class StatewrightModel(StatewrightPreTrainedModel):
         state: ModelState,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
+        policy: Policy | str | None = None,
     ) -> tuple[Tensor, ModelState]:
         """One token: ids (B,) or embeddings (B, D) -> hidden (B, D) and the next state."""
         x = x if x.is_floating_point() else self.embeddings(x)
         states = []
-        for layer, layer_state in zip(self.layers, state.layers):
-            x, layer_state = layer.step(x, layer_state, mask, reset)
+        policies = layer_policies(self.layers, self.config.policy if policy is None else policy)
+        for layer, layer_state, own in zip(self.layers, state.layers, policies):
+            x, layer_state = layer.step(x, layer_state, mask, reset, own)
             states.append(layer_state)
         return self.norm(x), self._gather(states)
 
@@ -129,6 +138,7 @@ class StatewrightModel(StatewrightPreTrainedModel):
         past_key_values: StateCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        policy: Policy | str | None = None,
         **kwargs: Any,
     ) -> StatewrightModelOutput:
         """See `StatewrightForCausalLM.forward`."""
@@ -153,12 +163,13 @@ class StatewrightModel(StatewrightPreTrainedModel):
         mask = _own_mask(attention_mask, B, T)
         reset = None if reset is None else reset.bool()
         hidden, states = [], []
-        for layer, layer_state in zip(self.layers, state.layers):
+        policies = layer_policies(self.layers, self.config.policy if policy is None else policy)
+        for layer, layer_state, own in zip(self.layers, state.layers, policies):
             hidden.append(x)
             if self.gradient_checkpointing and self.training:
-                x, new = self._gradient_checkpointing_func(layer, x, layer_state, mask, reset)
+                x, new = self._gradient_checkpointing_func(layer, x, layer_state, mask, reset, own)
             else:
-                x, new = layer(x, layer_state, mask, reset)
+                x, new = layer(x, layer_state, mask, reset, own)
             states.append(new)
         x = self.norm(x)
         new_state = ModelState(layers=tuple(states), seen=advance_seen(state.seen, T, mask, reset))
@@ -225,9 +236,10 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, GenerationMixin):
         state: ModelState,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
+        policy: Policy | str | None = None,
     ) -> tuple[Tensor, ModelState]:
         """One token: ids (B,) or embeddings (B, D) -> logits (B, vocabulary), state."""
-        x, state = self.model.step(x, state, mask, reset)
+        x, state = self.model.step(x, state, mask, reset, policy)
         return self.lm_head(x), state
 
     def forward(
@@ -240,6 +252,7 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         past_key_values: StateCache | None = None,
         logits_to_keep: int | Tensor = 0,
+        policy: Policy | str | None = None,
         **kwargs: Any,
     ) -> StatewrightOutput:
         """input_ids (B, T) or inputs_embeds (B, T, D) -> logits, state, and a loss with labels.
@@ -247,7 +260,8 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, GenerationMixin):
         state: where to continue (None: from the start). attention_mask (B, T), or (B, S) with
         S > T whose last T columns count: 0 marks padding, left or right. reset (B, T) bool: a
         document begins at this token. labels (B, T): shifted here, -100 ignored.
-        logits_to_keep: only the last that many positions (0: all), or their indices.
+        logits_to_keep: only the last that many positions (0: all), or their indices. policy:
+        bounds the attention layers; None: the config's; "none": none.
         Raises ValueError for shapes that do not fit, or a state and a filled cache together.
         """
         out = self.model(
@@ -259,6 +273,7 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, GenerationMixin):
             past_key_values,
             kwargs.pop("use_cache", None),
             kwargs.pop("output_hidden_states", None),
+            policy,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])

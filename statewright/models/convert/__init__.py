@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from statewright.models.convert import gla, mamba, mamba2
+from statewright.models.convert import gla, llama, mamba, mamba2
 from statewright.models.convert.family import Family
 
 FAMILIES: dict[str, Family] = {
     "mamba2": mamba2.FAMILY,
     "mamba": mamba.FAMILY,
     "gla": gla.FAMILY,
+    **dict.fromkeys(llama.KINDS, llama.FAMILY),
 }
 
 __all__ = ["FAMILIES", "Family"]

@@ -43,7 +43,8 @@ FN int thread_index(void) {
 FN void *align(void *p) { return (void *)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
 FN int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-/* 32 registers of 64 bytes hold a tile of 8 rows and 2 vectors; elsewhere it is 4 rows and 1. */
+/* 32 registers of 64 bytes hold a tile of 8 rows and 2 vectors. Elsewhere it is 4 rows and 2
+ * vectors of 32 bytes, because compilers split wider ones badly. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define WIDE __attribute__((target("arch=x86-64-v4")))
@@ -56,7 +57,8 @@ FN int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 #endif
 
 #define WIDTH ((int64_t)(64 / sizeof(REAL)))
-typedef REAL NAME(vec) __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+typedef REAL NAME(vec64) __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+typedef REAL NAME(vec32) __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
 
 /* The work space of one thread, for matrices of up to `rows` x `lanes`, both padded. */
 typedef struct {
@@ -201,79 +203,28 @@ CLONES static void NAME(matrix_unpack)(NAME(matrix_work) *w, STORE *to, int64_t 
     }
 }
 
-/* One tile over all tokens of the chunk; `rows` and `vecs` are constants after inlining. */
-ROW NAME(matrix_tile)(NAME(matrix_work) *w, int64_t row, int64_t lane, const int rows,
-                      const int vecs) {
-    typedef NAME(vec) vec;
-    int64_t lanes = w->lanes;
-    REAL *state = w->state + row * lanes + lane;
-    const REAL *coef = w->coef + row / TILE * WEIGHTS + row % TILE;
-    vec s[TILE][2];
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-        for (int x = 0; x < vecs; x++) s[i][x] = *(const vec *)(state + i * lanes + x * WIDTH);
-    for (int64_t g = 0;; g++) {
-        const REAL *enter = w->enter + g * w->width;
-        if (w->kind == PER_LANE) {
-#pragma GCC unroll 2
-            for (int x = 0; x < vecs; x++) {
-                vec a = *(const vec *)(enter + lane + x * WIDTH);
-                __typeof__(a == a) keep = a != 0;
-#pragma GCC unroll 8
-                for (int i = 0; i < rows; i++)
-                    s[i][x] = (vec)(keep & (__typeof__(keep))(s[i][x] * a));
-            }
-        } else {
-#pragma GCC unroll 8
-            for (int i = 0; i < rows; i++) {
-                REAL a = w->kind == PER_ROW ? enter[row + i] : enter[0];
-#pragma GCC unroll 2
-                for (int x = 0; x < vecs; x++) {
-                    if (a == 0) s[i][x] = (vec){0};
-                    else s[i][x] *= a;
-                }
-            }
-        }
-        if (g == w->num) break;
-        for (int64_t j = w->start[g]; j < w->start[g + 1]; j++) {
-            const REAL *c = coef + j * 2 * TILE, *in = w->in + j * lanes + lane;
-            REAL *out = w->out + j * lanes + lane;
-            vec write[2], read[2]; /* the tile's own sum: shorter sums round less */
-#pragma GCC unroll 2
-            for (int x = 0; x < vecs; x++) write[x] = *(const vec *)(in + x * WIDTH);
-#pragma GCC unroll 8
-            for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-                for (int x = 0; x < vecs; x++) {
-                    s[i][x] += write[x] * c[i];
-                    read[x] = i ? read[x] + s[i][x] * c[TILE + i] : s[i][x] * c[TILE];
-                }
-#pragma GCC unroll 2
-            for (int x = 0; x < vecs; x++) *(vec *)(out + x * WIDTH) += read[x];
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-        for (int x = 0; x < vecs; x++) *(vec *)(state + i * lanes + x * WIDTH) = s[i][x];
-}
+#define VEC NAME(vec64)
+#define TILE_OF NAME(matrix_tile_wide)
+#include "matrix_tile.h"
+#define VEC NAME(vec32)
+#define TILE_OF NAME(matrix_tile_narrow)
+#include "matrix_tile.h"
 
 #ifdef WIDE
 WIDE static void NAME(matrix_advance_wide)(NAME(matrix_work) *w) {
     int64_t lane = 0;
     for (; lane + 2 * WIDTH <= w->lanes; lane += 2 * WIDTH)
         for (int64_t row = 0; row < w->rows; row += TILE)
-            NAME(matrix_tile)(w, row, lane, TILE, 2);
+            NAME(matrix_tile_wide)(w, row, lane, TILE, 2);
     for (int64_t row = 0; lane < w->lanes && row < w->rows; row += TILE)
-        NAME(matrix_tile)(w, row, lane, TILE, 1);
+        NAME(matrix_tile_wide)(w, row, lane, TILE, 1);
 }
 #endif
 
 NARROW static void NAME(matrix_advance_narrow)(NAME(matrix_work) *w) {
     for (int64_t lane = 0; lane < w->lanes; lane += WIDTH)
         for (int64_t row = 0; row < w->rows; row += TILE / 2)
-            NAME(matrix_tile)(w, row, lane, TILE / 2, 1);
+            NAME(matrix_tile_narrow)(w, row, lane, TILE / 2, 2);
 }
 
 /* The chunk that was packed: the state goes on by its tokens, `out` is what they read. */

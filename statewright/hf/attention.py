@@ -1,0 +1,160 @@
+"""The attention function under which an unmodified transformers model runs with a BoundedCache."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from statewright.policies.simulate import Rule
+
+NAME = "statewright_bounded"
+_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+_ACTIVE: ContextVar[Call | None] = ContextVar("statewright_bounded_call", default=None)
+
+
+@dataclass
+class Call:
+    """One forward call with a BoundedCache in its arguments.
+
+    mask (B, S) bool, whose last T columns are the new tokens; configs, what each config's
+    attention was called before; depth, calls of a model inside a model; staged, the layers whose
+    new keys wait for their attention.
+    """
+
+    cache: Cache
+    mask: Tensor | None
+    configs: list[tuple[Any, Any]]
+    depth: int = 1
+    staged: list[Any] = field(default_factory=list)
+
+
+def active_call() -> Call | None:
+    return _ACTIVE.get()
+
+
+def uses_interface(model: PreTrainedModel) -> bool:
+    """Whether the model's own code looks attention up in transformers' registry."""
+    sources = {type(module).__module__ for module in model.modules()}
+    known = [vars(sys.modules[name]) for name in sources if name in sys.modules]
+    return any("ALL_ATTENTION_FUNCTIONS" in names for names in known)
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let the model's calls look for a BoundedCache among their arguments, and do nothing else."""
+    AttentionInterface.register(NAME, bounded_attention)
+    for module in {id(m): m for m in (model, model.base_model)}.values():
+        if _enter not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_enter, with_kwargs=True)
+            module.register_forward_hook(_leave, with_kwargs=True, always_call=True)
+
+
+def bounded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query (B, H * R, T, Dh), key, value (B, H, T, Dh) -> (B, T, H * R, Dv), no weights.
+
+    transformers builds no mask for this function (its name has none): positions and padding come
+    from the layer's own state and from the call.
+    """
+    call = _ACTIVE.get()
+    layer = call.staged.pop() if call is not None and call.staged else None
+    if call is None or layer is None or layer.new_keys is not key:
+        raise ValueError(
+            f"BoundedCache: {type(module).__name__} attends to keys that did not come from the "
+            "cache's update; this model's attention is not supported"
+        )
+    if dropout and module.training:
+        raise ValueError("BoundedCache: attention dropout is on; call model.eval() first")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = Rule(scale, sliding_window, softcap, s_aux)
+    mask = None if call.mask is None else call.mask[:, call.mask.shape[1] - key.shape[2] :]
+    out = layer.attend(query, value, rule, mask)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    given = {**given.get("kwargs", {}), **given}
+    cache = given.get("past_key_values")
+    if not getattr(cache, "is_bounded", False):
+        return
+    call = _ACTIVE.get()
+    if call is not None and call.cache is cache:
+        call.depth += 1
+        return
+    mask = given.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise ValueError(
+            "BoundedCache: attention_mask must be None or (B, S) with 1 for a token and 0 for "
+            "padding; prepared masks cannot follow tokens that leave"
+        )
+    _check_table(module, cache, given, mask)
+    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
+    name = "_attn_implementation_internal"
+    before = [(c, vars(c)[name]) for c in configs.values() if name in vars(c)]
+    _ACTIVE.set(Call(cache, None if mask is None else mask.bool(), before))
+    for config, _ in before:
+        setattr(config, name, NAME)
+
+
+def _leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    call = _ACTIVE.get()
+    if call is None:
+        return
+    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    if {**given.get("kwargs", {}), **given}.get("past_key_values") is not call.cache:
+        return
+    call.depth -= 1
+    if call.depth:
+        return
+    _ACTIVE.set(None)
+    for config, name in call.configs:
+        config._attn_implementation_internal = name
+    if call.staged and output is not None:
+        raise ValueError(
+            f"BoundedCache: {type(module).__name__} computes attention past transformers' "
+            "interface, so nothing would be evicted; it is not supported"
+        )
+
+
+def position_table(model: nn.Module) -> int | None:
+    """The number of learned absolute positions; None for a model that has no such table."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES:
+            return module.num_embeddings - getattr(module, "offset", 0)
+    return None
+
+
+def _check_table(model: nn.Module, cache: Any, given: dict, mask: Tensor | None) -> None:
+    limit = position_table(model)
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if limit is None or tokens is None:
+        return
+    new = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+    if mask is not None:
+        new = mask[:, mask.shape[1] - tokens.shape[1] :].sum(1)
+    total = int((cache.tokens_seen(tokens.shape[0], tokens.device) + new).max())
+    if total > limit:
+        raise ValueError(
+            f"BoundedCache: token {total} is beyond the model's {limit} learned positions; a "
+            "policy bounds memory, not positions, so this model cannot go on"
+        )

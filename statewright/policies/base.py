@@ -1,0 +1,193 @@
+"""What a policy is: a frozen description; everything it remembers stands in `State.extra`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+MARK = "policy_"
+_UNITS = {"b": 1, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kib|mib|gib)", re.IGNORECASE)
+_LONGEST = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What a policy sees of one layer after the current tokens were appended and attended.
+
+    k, v (B, H, N, Dh) and pos (B, H, N), -1 for an empty slot; seen (B,), the current tokens
+    included; rows (B, H, R, C, N), the attention of the C current queries of each of the R query
+    heads that share a key head, in at least float32, zero for a masked query (None unless the
+    policy needs it); last (B,), the row's last unmasked query among the C; marks, the policy's
+    own numbers per slot (B, H, N), zero for a new slot. Nothing here carries a gradient.
+    """
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    seen: Tensor
+    rows: Tensor | None
+    last: Tensor
+    marks: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Changes what a state keeps. `every`: it acts when a row's `seen` is a multiple of that."""
+
+    every: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"{self.label}: every={self.every}, expected at least 1")
+
+    @property
+    def label(self) -> str:
+        return type(self).__name__.lower()
+
+    def for_layer(self, layer: int, num_layers: int) -> Self:
+        """The policy of one layer out of `num_layers` that it applies to."""
+        return self
+
+
+@dataclass(frozen=True)
+class Eviction(Policy):
+    """Bounds a KVState: at most `budget` slots per key head once a row's eviction is due.
+
+    budget: tokens per layer, or bytes per sequence over all layers, positions and scores included
+    ("64KiB", also B, MiB, GiB). The current query attends to budget + 1 tokens, itself included,
+    and the eviction follows (arXiv:2401.06104, algorithm 1). Between dues, N <= budget +
+    (seen mod every). Ties go to the oldest token that is not protected.
+
+    A subclass gives `score(slots)` (B, H, N): the lowest leaves, infinity is protected. `needs`
+    says what it reads: "none", "keys" (and values), "last_row" or "column_sums" of the attention.
+    `mark_names` are its own numbers per slot, brought up to date by `observe`.
+    """
+
+    budget: int | str = 0
+    needs: ClassVar[Literal["none", "keys", "last_row", "column_sums"]] = "none"
+    mark_names: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.budget, str):
+            _parse_bytes(self.budget, self.label)
+        elif self.budget < self.smallest:
+            raise ValueError(
+                f"{self.label}: budget={self.budget}, expected at least {self.smallest} tokens, "
+                "or bytes such as '64KiB'"
+            )
+
+    @property
+    def smallest(self) -> int:
+        """The smallest legal budget in tokens."""
+        return 1
+
+    def observe(self, slots: Slots) -> dict[str, Tensor]:
+        """The marks after the current tokens."""
+        return {}
+
+    def score(self, slots: Slots) -> Tensor:
+        """(B, H, N): the lowest leaves first; infinity is protected."""
+        raise NotImplementedError
+
+    def for_layer(self, layer: int, num_layers: int) -> Self:
+        """A budget in bytes is divided equally; one in tokens holds for every layer."""
+        if not isinstance(self.budget, str):
+            return self
+        return replace(self, budget=f"{self.in_bytes // num_layers}B")
+
+    @property
+    def in_bytes(self) -> int:
+        """The budget in bytes, of a policy that has one."""
+        assert isinstance(self.budget, str)
+        return _parse_bytes(self.budget, self.label)
+
+    def in_tokens(self, slot_bytes: int, row_bytes: int = 16) -> Self:
+        """With the budget in tokens, given what a slot and a row of this layer cost in bytes
+        (its own `seen` and the model's).
+
+        Raises ValueError, naming the smallest legal value for this layer, if too few fit.
+        """
+        if not isinstance(self.budget, str):
+            return self
+        available = self.in_bytes
+        tokens = (available - row_bytes) // slot_bytes - (self.every - 1)
+        try:
+            return replace(self, budget=tokens)
+        except ValueError as error:
+            # A policy with its own parts (recent tokens, say) may want more than `smallest`.
+            least = max(self.smallest, 1)
+            need = (least + self.every - 1) * slot_bytes + row_bytes
+            raise ValueError(
+                f"{self.label}: {available} bytes per layer and sequence hold "
+                f"{max(tokens, 0)} tokens of {slot_bytes} bytes; expected at least {need} bytes "
+                "per layer"
+            ) from error
+
+    def slot_bytes(self, k: Tensor, v: Tensor) -> int:
+        """What one slot of k, v (B, H, N, Dh) costs over all key heads, position and marks too."""
+        score = 4 if k.element_size() < 8 else 8
+        per_head = k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size() + 8
+        return k.shape[1] * (per_head + score * len(self.mark_names))
+
+
+def protect(score: Tensor, kept: Tensor) -> Tensor:
+    """The score with infinity where `kept` holds."""
+    return score.masked_fill(kept, float("inf"))
+
+
+def lowest(score: Tensor, pos: Tensor) -> Tensor:
+    """(B, H, 1): the slot with the lowest score, the oldest of equal ones; all slots are filled."""
+    least = score == score.amin(-1, keepdim=True)
+    return torch.where(least, pos, _LONGEST).argmin(-1, keepdim=True)
+
+
+def victims(score: Tensor, pos: Tensor, excess: Tensor) -> Tensor:
+    """(B, H, N) bool: the `excess` (B, H) slots with the lowest score, the oldest of equal ones.
+
+    Empty slots (pos -1) are never victims.
+    """
+    filled = pos >= 0
+    age = pos.masked_fill(~filled, _LONGEST)
+    if int(excess.max()) == 1:
+        # One victim is by far the usual case, and two reductions beat two sorts.
+        score = score.masked_fill(~filled, float("inf"))
+        lowest = filled & (score == score.amin(-1, keepdim=True))
+        first = age.masked_fill(~lowest, _LONGEST).argmin(-1, keepdim=True)
+        chosen = torch.zeros_like(filled).scatter_(-1, first, True)
+        return chosen & filled & (excess > 0).unsqueeze(-1)
+    by_age = age.argsort(dim=-1, stable=True)
+    # An empty slot must come after a protected one, whose score is infinite too.
+    sorted_score = score.gather(-1, by_age)
+    by_score = sorted_score.argsort(dim=-1, stable=True)
+    order = by_age.gather(-1, by_score)
+    filled_first = (~filled).gather(-1, order).to(torch.uint8).argsort(dim=-1, stable=True)
+    order = order.gather(-1, filled_first)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    return filled & (rank < excess.unsqueeze(-1))
+
+
+def last_rows(slots: Slots) -> Tensor:
+    """The attention of each row's last unmasked query: (B, H, R, N)."""
+    assert slots.rows is not None
+    if slots.rows.shape[3] == 1:
+        return slots.rows[:, :, :, 0]
+    at = slots.last.clamp(min=0).view(-1, 1, 1, 1, 1)
+    return torch.take_along_dim(slots.rows, at, 3)[:, :, :, 0]
+
+
+def _parse_bytes(text: str, label: str) -> int:
+    match = _BYTES.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(
+            f"{label}: budget={text!r}, expected tokens such as 512 or bytes such as '64KiB'"
+        )
+    return int(float(match[1]) * _UNITS[match[2].lower()])

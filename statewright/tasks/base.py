@@ -1,0 +1,45 @@
+"""What a task is: a frozen description; its data are a pure function of (n, seed, tokenizer)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+
+class Tokenizer(Protocol):
+    """What a task needs of a tokenizer; every Hugging Face one has it."""
+
+    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """input_ids (T,) int64; answer: the text that must be in the continuation ("" for none);
+    place: where in the input it hides, 0 the start, 1 the end."""
+
+    input_ids: Tensor
+    answer: str = ""
+    place: float = 0.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n samples, not padded; new_tokens: how many to generate (0: score the input itself)."""
+
+    samples: tuple[Sample, ...]
+    new_tokens: int = 0
+
+
+class Task(Protocol):
+    """`version` changes whenever the same (n, seed) would give other data or another score."""
+
+    version: ClassVar[int]
+
+    def draw(self, n: int, seed: int, tokenizer: Tokenizer) -> Batch: ...
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a piece of text, without the tokens that mark a beginning or an end."""
+    return list(tokenizer.encode(text, add_special_tokens=False))

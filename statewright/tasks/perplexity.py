@@ -1,0 +1,42 @@
+"""Perplexity: windows of a real text, scored token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from statewright.tasks.base import Batch, Sample, Tokenizer, encode
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """n windows of `length` tokens of the file `text` (arXiv:2401.06104, section 5.1: 4,096).
+
+    seed 0: the windows follow each other from the start, as the paper's chunks; any other seed
+    draws their starts. Raises ValueError if the text is too short.
+    """
+
+    length: int = 4096
+    text: str = ""
+    version: ClassVar[int] = 1
+
+    def draw(self, n: int, seed: int, tokenizer: Tokenizer) -> Batch:
+        if not self.text:
+            raise ValueError("perplexity: text is empty, expected a path: perplexity:text=book.txt")
+        path = Path(self.text)
+        if not path.is_file():
+            raise ValueError(f"perplexity: text={self.text!r} is not a file")
+        ids = torch.tensor(encode(tokenizer, path.read_text(encoding="utf-8")))
+        spare = len(ids) - self.length * (n if seed == 0 else 1)
+        if self.length < 2 or spare < 0:
+            raise ValueError(
+                f"perplexity: {n} windows of {self.length} tokens do not fit into {len(ids)} tokens"
+            )
+        starts = torch.arange(n) * self.length
+        if seed:
+            generator = torch.Generator().manual_seed(seed)
+            starts = torch.randint(spare + 1, (n,), generator=generator)
+        return Batch(tuple(Sample(ids[s : s + self.length].clone()) for s in starts.tolist()))
