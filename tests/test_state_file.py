@@ -347,12 +347,3 @@ def test_bad_files_are_one_line(verb: list[str], path: Path, capsys) -> None:
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith(f"statewright: {path}: not a state file")
-
-
-def test_an_axis_of_one_may_have_any_stride(tmp_path: Path) -> None:
-    """A view such as seen[::7] of one row has stride 7 and still counts as contiguous."""
-    seen = torch.arange(7)[::7]
-    assert seen.stride() == (7,) and seen.is_contiguous()
-    state = VectorState(h=torch.randn(1, 3), seen=seen)
-    save_state(state, tmp_path / "s")
-    assert torch.equal(load_state(tmp_path / "s").seen, seen)
