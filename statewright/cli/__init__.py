@@ -11,6 +11,7 @@ from statewright import __version__
 from statewright.cli.bench import bench
 from statewright.cli.check import check
 from statewright.cli.convert import convert
+from statewright.cli.evaluate import eval_
 from statewright.cli.generate import generate
 from statewright.cli.listing import list_
 from statewright.cli.quickstart import quickstart
@@ -31,7 +32,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (quickstart, train, generate, check, size, state, convert, bench, list_):
+for verb in (quickstart, train, generate, check, eval_, size, state, convert, bench, list_):
     cli.add_command(verb)
 
 
