@@ -72,5 +72,5 @@ class _Peer(MinGRU):
         super().__init__(hidden_size)
         self.layer = peers.minimal_layer("mingru", hidden_size)
 
-    def forward(self, x, state=None, mask=None, reset=None):
+    def forward(self, x, state=None, mask=None, reset=None, policy=None):
         return self.layer(x), state

@@ -63,7 +63,7 @@ class Case:
 
 
 def measure(case: Case, threads: int, seconds: float = 4.0, most: int = 25) -> list[Row]:
-    """Time a case's methods in turns for about `seconds`, at least five rounds each."""
+    """Time a case's methods in turns for about `seconds`, at least three rounds each."""
     case.check()
     with using_threads(threads):
         times: dict[str, list[float]] = {name: [] for name in case.methods}
@@ -71,7 +71,7 @@ def measure(case: Case, threads: int, seconds: float = 4.0, most: int = 25) -> l
             method()
         began = time.perf_counter()
         for i in range(most):
-            if i >= 5 and time.perf_counter() - began > seconds:
+            if i >= 3 and time.perf_counter() - began > seconds:
                 break
             for name, method in case.methods.items():
                 gc.collect(0)

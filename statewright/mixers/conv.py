@@ -43,6 +43,9 @@ class CausalConv(nn.Module):
     def forward(
         self, x: Tensor, taps: Tensor, mask: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        if x.shape[1] == 1 and mask is None and reset is None:
+            y, taps = self.update(x[:, 0], taps)
+            return y.unsqueeze(1), taps
         if mask is None:
             return self._convolve(x, taps, reset, None)
         rows = Compaction.of(mask)

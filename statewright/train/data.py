@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-_PIECE = 1 << 16
+_PIECE = 1 << 14
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Corpus:
 
 
 def read_text(path: str | Path) -> Iterator[str]:
-    """The file's text in pieces of about 64 KB, cut before a space, never inside a character.
+    """The file's text in pieces of about 16 KB, cut before a space, never inside a character.
 
     Raises ValueError if the file is missing, empty, or not UTF-8 text.
     """
