@@ -31,7 +31,8 @@ def markdown(results: Path) -> str:
         lines += ["", "| case | threads | ours / floor | peers / ours |", "|---|---|---|---|"]
         lines += [_line(case, threads, rows) for (case, threads), rows in cases.items()]
         sources.append(_source(file.name, found["environment"]))
-    return "\n".join([*lines, "", *sources, ""])
+    head = "<details><summary>Every measured row: ratios of best times</summary>"
+    return "\n".join([head, *lines, "", *sources, "", "</details>", ""])
 
 
 def _by_case(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
