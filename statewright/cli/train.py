@@ -26,13 +26,14 @@ _HELPS = {
     "save_every": "Steps between checkpoints.",
     "num_checkpoints": "Checkpoints kept.",
 }
-_OWN = {"text", "output_dir", "resume", "valid_text"}
+_OWN = {"text", "output_dir", "resume", "valid_text", "tensorboard"}
 
 
 @click.command()
 @click.option("--text", multiple=True, type=click.Path(), help="A text file; repeat for more.")
 @click.option("--output-dir", required=True, type=click.Path(), help="Where the run is written.")
 @click.option("--resume", is_flag=True, help="Continue the run in --output-dir, exactly.")
+@click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events.")
 @click.option("--valid-text", type=click.Path(), help="Held-out text [default: end of --text].")
 @click.option("--valid-share", default=0.1, show_default=True, help="Share of --text held out.")
 @click.option(
@@ -77,13 +78,14 @@ def train(ctx: click.Context, text: tuple[str, ...], output_dir: str, **options:
                 "another --output-dir starts afresh"
             )
         run = _fresh(directory, text, options)
-    _train(run)
+    _train(run, options["tensorboard"])
 
 
-def _train(run: Any) -> None:
+def _train(run: Any, tensorboard: bool) -> None:
     from rich.console import Console
 
     from statewright.cli.progress import TrainingBar
+    from statewright.cli.tensorboard import TensorBoardListener
     from statewright.train.loop import TrainingInterrupted, TrainingStopped
 
     console = Console(stderr=True)
@@ -93,7 +95,9 @@ def _train(run: Any) -> None:
         f"{run.train_corpus.num_tokens:,} training tokens, state {run.state.rows(0).nbytes:,} bytes"
     )
     bar = TrainingBar(console, run.config.num_steps, run.step)
-    run.listen = bar
+    board = TensorBoardListener(run.directory) if tensorboard else None
+    listeners = [bar] if board is None else [bar, board]
+    run.listen = lambda event: [listen(event) for listen in listeners]
     try:
         with bar:
             run.train()
@@ -103,6 +107,9 @@ def _train(run: Any) -> None:
         raise click.exceptions.Exit(130) from None
     except TrainingStopped as stop:
         raise ValueError(str(stop)) from None
+    finally:
+        if board is not None:
+            board.close()
     if run.valid is not None:
         click.echo(
             f"held-out: {run.valid.nats:.4f} nats/token, {run.valid.bits_per_byte:.4f} bits/byte "
