@@ -25,7 +25,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from statewright.policies import Eviction
+from statewright.policies import Policy
 from statewright.policies.measure import bytes_over, canonical, lists_of, slots_over
 from statewright.state import State, cat
 
@@ -79,7 +79,7 @@ class ModelSubject(nn.Module):
 class Bounded(nn.Module):
     """A subject under a policy: every call passes it."""
 
-    def __init__(self, subject: nn.Module, policy: Eviction) -> None:
+    def __init__(self, subject: nn.Module, policy: Policy) -> None:
         super().__init__()
         self.subject, self.policy = subject, policy
         self.hidden_size = subject.hidden_size
@@ -243,11 +243,15 @@ def rows(subject: Subject, case: Case) -> Finding:
 
 
 def bound(subject: Subject, case: Case) -> Finding:
-    """Law 6: a recurrent state's bytes never change; lists obey their budget after every call."""
+    """Law 6: a recurrent state's bytes never change; lists obey their budget after every call.
+
+    What a recurrent policy remembers comes in whole with the first token.
+    """
     x, state, mask, reset = case.draw(subject)
     if lists_of(state):
         return _bound_of_lists(subject, case)
-    sizes = {subject.init_state(case.batch).nbytes, state.nbytes}
+    bare = getattr(subject, "policy", None) is None
+    sizes = {subject.init_state(case.batch).nbytes, state.nbytes} if bare else set()
     for length in (1, case.length):
         flags = (None if f is None else f[:, :length] for f in (mask, reset))
         sizes.add(subject(x[:, :length], state, *flags)[1].nbytes)

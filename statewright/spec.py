@@ -6,6 +6,7 @@ results and legends. Which names exist is up to the registry that is passed in.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import types
@@ -62,9 +63,15 @@ def typed(texts: Mapping[str, str], entry: Callable, where: str) -> dict[str, An
 
 
 def options_of(entry: Callable) -> dict[str, inspect.Parameter]:
-    """The options a spec may set: the keyword parameters that have a default."""
+    """The options a spec may set: the keyword parameters that have a default.
+
+    A dataclass field with metadata {"spec": False} is none of them.
+    """
     parameters = inspect.signature(entry, eval_str=True).parameters
-    return {n: p for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    fields = dataclasses.fields(entry) if dataclasses.is_dataclass(entry) else ()
+    hidden = {f.name for f in fields if not f.metadata.get("spec", True)}
+    empty = inspect.Parameter.empty
+    return {n: p for n, p in parameters.items() if p.default is not empty and n not in hidden}
 
 
 def _convert(text: str, parameter: inspect.Parameter, where: str) -> Any:

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from statewright.ops import state_dtype, vector_scan
+from statewright.ops import state_dtype
 from statewright.policies import Policy
+from statewright.policies.recurrent import Gates, recurrent_parts, scan
 from statewright.shapes import require
 from statewright.state import State, VectorState
 
@@ -19,10 +20,11 @@ class Mixer(nn.Module):
     `update(x, state) -> (y, state)` is one token of the paper's recurrence, for rows that are
     neither masked nor reset. Masked tokens leave the state and `seen` untouched, wherever in
     the row they stand, and their outputs mean nothing; a reset starts the row afresh before
-    its token, unless that token is masked.
+    its token, unless that token is masked. `is_linear`: recurrent policies apply.
     """
 
     hidden_size: int
+    is_linear: bool = False
 
     def init_state(self, batch_size: int) -> State:
         """The state of `batch_size` rows that have seen nothing."""
@@ -46,10 +48,15 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, State]:
         """The definition: one token x (B, D), with mask and reset (B,) bool, -> y (B, D), state.
 
-        An `Eviction` policy bounds a list of keys and values; a recurrent state has none, so it
-        leaves recurrent mixers untouched, here and in `forward`.
+        An `Eviction` policy bounds a list of keys and values and leaves recurrent mixers
+        untouched, here and in `forward`; a `RecurrentPolicy` wraps the scan of linear ones, so
+        that a step under it is a call with one token.
         """
         B, _ = require(type(self).__name__, "x", x, "B D", D=self.hidden_size)
+        if self.is_linear and recurrent_parts(policy):
+            flags = (None if f is None else f.unsqueeze(1) for f in (mask, reset))
+            y, new = self.forward(x.unsqueeze(1), state, *flags, policy)
+            return y.squeeze(1), new
         self.check(state, B)
         if reset is not None:
             starts = reset if mask is None else reset & mask
@@ -146,6 +153,8 @@ class VectorMixer(Mixer):
     `inner_size` is D times the expansion; a down-projection follows when the two differ.
     """
 
+    is_linear = True
+
     def __init__(
         self, hidden_size: int, num_gates: int, expansion: float, bias: bool, offset: float
     ) -> None:
@@ -206,7 +215,7 @@ class VectorMixer(Mixer):
         T = x.shape[1]
         if T == 0:
             return torch.empty_like(x), state
-        if T == 1:
+        if T == 1 and not recurrent_parts(policy):
             if torch.is_grad_enabled():
                 state = replace(state, h=self._with_initial(state.h))
             flags = [None if f is None else f[:, 0] for f in (mask, reset)]
@@ -214,21 +223,9 @@ class VectorMixer(Mixer):
             return y.unsqueeze(1), state
         log_a, b = self.gates(x)
         starts = reset if reset is None or mask is None else reset & mask
-        if mask is not None:
-            ignored = ~mask.unsqueeze(-1)
-            log_a, b = log_a.masked_fill(ignored, 0), b.masked_fill(ignored, 0)
-        b, h0 = self._restart(log_a, b, state.h, starts)
-        h, h_T = vector_scan(log_a, b, h0, starts)
-        seen = advance_seen(state.seen, T, mask, reset)
-        return self.output(h, x), replace(state, h=h_T, seen=seen)
-
-    def _restart(
-        self, log_a: Tensor, b: Tensor, h: Tensor, starts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Rows restart from `initial()`: the scan resets to zero, so its first decay adds it."""
-        if starts is None:
-            return b, self._with_initial(h)
-        return torch.where(starts.unsqueeze(-1), b + log_a.exp() * self.initial(), b), h
+        gates = Gates(b, log_a, state.seen, mask=mask, reset=starts, initial=self.initial())
+        h, new = scan(gates, state, policy)
+        return self.output(h, x), replace(new, seen=advance_seen(state.seen, T, mask, reset))
 
     def _with_initial(self, h: Tensor) -> Tensor:
         """h itself, with a learned initial state in its graph although no row starts.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from statewright.mixers.ragged import Compaction
+from statewright.ragged import Compaction
 
 
 class CausalConv(nn.Module):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from statewright.mixers.base import Mixer, advance_seen, inner_size
-from statewright.mixers.ragged import Compaction
 from statewright.ops import state_dtype
 from statewright.policies import Policy
+from statewright.ragged import Compaction
 from statewright.shapes import require
 from statewright.state import State, VectorState
 

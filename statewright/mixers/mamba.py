@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 
 from statewright.mixers.conv import CausalConv
 from statewright.mixers.matrix import MatrixMixer, ScanInputs, inverse_softplus_of_steps
+from statewright.mixers.resize import after, copy_rest, key_energy, scaled, sources, take
+from statewright.policies import Policy
+from statewright.state import MatrixState
 
 # log_a is (B, T, inner, state_size): 16 times the activations, so it lives piece by piece.
 _PIECE = 64
@@ -25,6 +30,9 @@ class Mamba(MatrixMixer):
     """
 
     value_size = 1
+    GROWTHS = ("zero", "fresh", "copy", "zero-zero")
+    RESETS_NORM = ()
+    has_delta = True
 
     def __init__(
         self,
@@ -72,16 +80,52 @@ class Mamba(MatrixMixer):
         return C.unsqueeze(-2), B.unsqueeze(-2), (dt * u).unsqueeze(-1), log_a
 
     def scan(
-        self, u: Tensor, rest: Tensor, S: Tensor, mask: Tensor | None, starts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        u: Tensor,
+        rest: Tensor,
+        state: MatrixState,
+        mask: Tensor | None,
+        starts: Tensor | None,
+        policy: Policy | None,
+    ) -> tuple[Tensor, MatrixState]:
         outputs = []
         for begin in range(0, u.shape[1], _PIECE):
             piece = slice(begin, begin + _PIECE)
             flags = [None if f is None else f[:, piece] for f in (mask, starts)]
-            o, S = super().scan(u[:, piece], rest[:, piece], S, *flags)
+            o, state = super().scan(u[:, piece], rest[:, piece], state, *flags, policy)
             outputs.append(o)
-        return torch.cat(outputs, 1), S
+        return torch.cat(outputs, 1), state
 
     def output(self, o: Tensor, u: Tensor, rest: Tensor) -> Tensor:
         y = torch.addcmul(o.squeeze(-1), u.to(o.dtype), self.D.to(o.dtype))
         return self.out_proj((y * F.silu(rest.to(y.dtype))).to(rest.dtype))
+
+    def grown(self, factor: Fraction, init: str) -> dict[str, Any]:
+        if init == "copy" and factor.denominator != 1:
+            raise ValueError(f"mamba: copy needs a whole factor, got {float(factor):g}")
+        return {"state_size": scaled("mamba", "keys", self.key_size, factor)}
+
+    def inherit(self, old: Mamba, init: str) -> None:
+        """d_state x E, as Mamba-2's inherit; a new key decays like the old one it stands behind.
+
+        Not in the paper. Decays of 1..E K, as a larger model starts with, would give the new
+        keys no memory; repeated decays make no copies, since their B differs.
+        """
+        tiled = torch.arange(self.key_size) % old.key_size
+        self._take(old, *sources(old.key_size, self.key_size, init), tiled)
+
+    def _take(self, old: Mamba, B: Tensor, C: Tensor, decays: Tensor) -> None:
+        """Rows of x_proj [dt | B | C] and columns of A_log from `old`."""
+        copy_rest(self, old, "x_proj.", "A_log")
+        B, C = after(self.dt_rank, B), after(self.dt_rank + old.key_size, C)
+        take(self.x_proj.weight, old.x_proj.weight, torch.cat([torch.arange(self.dt_rank), B, C]))
+        take(self.A_log.T, old.A_log.T, decays)
+
+    def shrunk(self, factor: Fraction) -> dict[str, Any]:
+        return {"state_size": scaled("mamba", "keys", self.key_size, factor)}
+
+    def energy(self, x: Tensor) -> Tensor:
+        return key_energy(self, x)
+
+    def keep(self, old: Mamba, kept: Tensor) -> None:
+        self._take(old, *[kept.flatten()] * 3)

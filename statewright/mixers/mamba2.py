@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +15,15 @@ from statewright.mixers.matrix import (
     MatrixMixer,
     ScanInputs,
     inverse_softplus_of_steps,
+)
+from statewright.mixers.resize import (
+    after,
+    copy_rest,
+    in_groups,
+    key_energy,
+    scaled,
+    sources,
+    take,
 )
 from statewright.ops import state_dtype
 
@@ -25,6 +37,11 @@ class Mamba2(MatrixMixer):
     in single steps alike; transformers limits it in prefill only. Initialisation is the
     authors': A ~ U(1, 16), dt log-uniform in [1e-3, 1e-1], D = 1.
     """
+
+    GROWTHS = ("zero", "fresh", "as-released", "copy", "zero-zero")
+    RESETS_NORM = ()
+
+    has_delta = True
 
     def __init__(
         self,
@@ -88,3 +105,46 @@ class Mamba2(MatrixMixer):
         y = torch.addcmul(o, x.to(o.dtype), self.D.to(o.dtype).unsqueeze(-1)).flatten(-2)
         gate = F.silu(rest[0].to(y.dtype))
         return self.out_proj(self.norm(y * gate).to(rest[0].dtype))
+
+    def grown(self, factor: Fraction, init: str) -> dict[str, Any]:
+        if init == "copy" and factor.denominator != 1:
+            raise ValueError(f"mamba2: copy needs a whole factor, got {float(factor):g}")
+        return {"state_size": scaled("mamba2", "keys", self.key_size, factor)}
+
+    @torch.no_grad()
+    def inherit(self, old: Mamba2, init: str) -> None:
+        """d_state x E (StateX, 2026.findings-acl.1073): wider B and C, everything else as it was.
+
+        zero: new C starts at 0, new B at random: the function is preserved and C, then B, learn.
+        fresh: all of B and C at random, as the paper says; dt, A and the norm are kept.
+        as-released: the authors' code, which also resets dt's bias to 1, A to 1..H, the norm to 1.
+        copy, zero-zero: negative controls, which can never use the new keys.
+        """
+        self._take(old, *sources(old.key_size, self.key_size, init))
+        if init == "as-released":
+            self.dt_bias.fill_(1)
+            self.A_log.copy_(torch.arange(1, self.num_heads + 1).log())
+            self.norm.weight.fill_(1)
+
+    def _take(self, old: Mamba2, B: Tensor, C: Tensor) -> None:
+        """Rows of in_proj [z | x | B | C | dt] and channels of conv [x | B | C] from `old`."""
+        copy_rest(self, old, "in_proj.", "conv.")
+        inner, keys = self.inner_size, self.num_groups * old.key_size
+        B, C = (in_groups(source, self.num_groups, old.key_size) for source in (B, C))
+        x = torch.arange(inner)
+        channels = torch.cat([x, after(inner, B), after(inner + keys, C)])
+        steps = inner + old.conv_size + torch.arange(self.num_heads)
+        rows = torch.cat([x, after(inner, channels), steps])
+        take(self.in_proj.weight, old.in_proj.weight, rows)
+        take(self.in_proj.bias, old.in_proj.bias, rows)
+        take(self.conv.weight, old.conv.weight, channels, zeros=False)
+        take(self.conv.bias, old.conv.bias, channels)
+
+    def shrunk(self, factor: Fraction) -> dict[str, Any]:
+        return {"state_size": scaled("mamba2", "keys", self.key_size, factor)}
+
+    def energy(self, x: Tensor) -> Tensor:
+        return key_energy(self, x)
+
+    def keep(self, old: Mamba2, kept: Tensor) -> None:
+        self._take(old, kept, kept)

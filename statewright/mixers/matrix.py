@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from statewright import ops
 from statewright.mixers.base import Mixer, advance_seen
 from statewright.mixers.conv import CausalConv
-from statewright.ops import matrix_scan, state_dtype
+from statewright.ops import state_dtype
 from statewright.policies import Policy
+from statewright.policies.recurrent import Gates, recurrent_parts, scan
 from statewright.shapes import require
 from statewright.state import MatrixState, State
 
@@ -27,9 +28,12 @@ class MatrixMixer(Mixer):
     A subclass gives `project(x) -> (u, rest)`: u is what goes through the convolution and SiLU
     (if there is one), rest what does not; `gates(u, rest) -> (q, k, v, log_a)` with shapes
     (..., G, K), (..., G, K), (..., H, V), (..., H, K or 1); and `output(o, u, rest) -> y`.
-    All three work on (B, T, ...) and on (B, ...).
+    All three work on (B, T, ...) and on (B, ...). `has_delta`: v and log_a are both proportional
+    to a step size.
     """
 
+    is_linear = True
+    has_delta: bool = False
     num_heads: int
     key_size: int
     value_size: int
@@ -103,7 +107,7 @@ class MatrixMixer(Mixer):
         T = x.shape[1]
         if T == 0:
             return torch.empty_like(x), state
-        if T == 1 and not ops.use_fused(x, state.S):
+        if T == 1 and not (recurrent_parts(policy) or ops.use_fused(x, state.S)):
             flags = [None if f is None else f[:, 0] for f in (mask, reset)]
             y, state = self.step(x[:, 0], state, *flags)
             return y.unsqueeze(1), state
@@ -113,21 +117,25 @@ class MatrixMixer(Mixer):
             u, taps = self.conv(u, state.extra[_TAPS], mask, reset)
             u = F.silu(u)
         starts = reset if reset is None or mask is None else reset & mask
-        o, S = self.scan(u, rest, state.S, mask, starts)
+        o, new = self.scan(u, rest, state, mask, starts, policy)
         y = self.output(o, u, rest)
-        seen = advance_seen(state.seen, T, mask, reset)
-        return y, self._with_taps(replace(state, S=S, seen=seen), taps)
+        return y, self._with_taps(new, taps)
 
     def scan(
-        self, u: Tensor, rest: Any, S: Tensor, mask: Tensor | None, starts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """All tokens at once; a masked token has decay 1 and writes nothing."""
+        self,
+        u: Tensor,
+        rest: Any,
+        state: MatrixState,
+        mask: Tensor | None,
+        starts: Tensor | None,
+        policy: Policy | None,
+    ) -> tuple[Tensor, MatrixState]:
+        """All tokens at once: what is read and the state after them, `seen` included."""
         q, k, v, log_a = self.gates(u, rest)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if mask is not None:
-            ignored = ~mask[:, :, None, None]
-            v, log_a = v.masked_fill(ignored, 0), log_a.masked_fill(ignored, 0)
-        return matrix_scan(q, k, v, log_a, S, starts)
+        gates = Gates(v, log_a, state.seen, q, k, mask, starts, has_delta=self.has_delta)
+        o, new = scan(gates, state, policy)
+        return o, replace(new, seen=advance_seen(state.seen, u.shape[1], mask, starts))
 
     def _with_taps(self, state: MatrixState, taps: Tensor | None) -> MatrixState:
         return state if taps is None else state.with_extra(_TAPS, taps, _TAPS_AXES)

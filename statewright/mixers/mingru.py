@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from fractions import Fraction
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from statewright import ops
 from statewright.mixers.base import VectorMixer, advance_seen
+from statewright.mixers.resize import in_groups, scaled, share_of, sources, take
 from statewright.ops import native, state_dtype
 from statewright.policies import Policy
+from statewright.policies.recurrent import recurrent_parts
 from statewright.state import State, VectorState
 
 Form = Literal["log", "vanilla"]
@@ -38,6 +41,9 @@ class MinimalMixer(VectorMixer):
     g(p) in the log form (p is a pre-activation), p in the vanilla form. A carried state is never
     passed through g. Without it, h_0 = 0.
     """
+
+    GROWTHS = ("zero", "fresh")
+    RESETS_NORM = ()
 
     def __init__(
         self,
@@ -74,8 +80,8 @@ class MinimalMixer(VectorMixer):
     ) -> tuple[Tensor, State]:
         state = self.begin(x, state, mask, reset)
         T = x.shape[1]
-        if T == 0 or not ops.use_fused(x, state.h):
-            return super().forward(x, state, mask, reset)
+        if T == 0 or recurrent_parts(policy) or not ops.use_fused(x, state.h):
+            return super().forward(x, state, mask, reset, policy)
         p = self.in_proj(x)
         if not native.supports(p):
             return super().forward(x, state, mask, reset)
@@ -90,7 +96,7 @@ class MinimalMixer(VectorMixer):
         h0, initial = state.h.to(state_dtype(p.dtype)), None
         if starts is not None or torch.is_grad_enabled():
             initial = self.initial()
-            # Chosen for no row, yet in the graph: see VectorMixer._restart.
+            # Chosen for no row, yet in the graph: see policies.recurrent.
             h0 = torch.where(torch.zeros(x.shape[0], 1, dtype=torch.bool), initial, h0)
         h, h_T = self.fused(p, h0, initial, flags)
         seen = advance_seen(state.seen, T, mask, reset)
@@ -110,6 +116,56 @@ class MinimalMixer(VectorMixer):
         if self.init_param is None:
             return weight.new_zeros(self.inner_size, dtype=state_dtype(weight.dtype))
         return self.candidate(self.init_param.to(state_dtype(weight.dtype)))
+
+    def grown(self, factor: Fraction, init: str) -> dict[str, Any]:
+        where = type(self).__name__.lower()
+        channels = scaled(where, "channels", self.inner_size, factor)
+        if channels == self.hidden_size:
+            raise ValueError(
+                f"{where}: {channels} channels are the model's width, which has no "
+                "down-projection; choose another factor"
+            )
+        return {"expansion": share_of(where, "channels", channels, self.hidden_size)}
+
+    def inherit(self, old: MinimalMixer, init: str) -> None:
+        """More channels, which the down-projection does not read at first.
+
+        zero: the function is preserved; the down-projection's new columns, then the new channels,
+        learn. Where there was none, an identity is put in its place. fresh: all gates and the
+        down-projection at random. Not in the papers.
+        """
+        if init == "zero":
+            channel, reads = sources(old.inner_size, self.inner_size, init)
+            self._take(old, channel, reads)
+
+    @torch.no_grad()
+    def _take(self, old: MinimalMixer, channel: Tensor, reads: Tensor) -> None:
+        """Rows of in_proj (gate by gate) and of the initial state, columns of out_proj."""
+        gates = old.in_proj.out_features // old.inner_size
+        rows = in_groups(channel, gates, old.inner_size)
+        take(self.in_proj.weight, old.in_proj.weight, rows)
+        take(self.in_proj.bias, old.in_proj.bias, rows)
+        take(self.init_param, old.init_param, channel)
+        weight, bias = torch.eye(self.hidden_size).to(self.out_proj.weight), None
+        if old.out_proj is not None:
+            weight, bias = old.out_proj.weight, old.out_proj.bias
+        take(self.out_proj.weight.T, weight.T, reads)
+        if self.out_proj.bias is not None:
+            self.out_proj.bias.copy_(torch.zeros(self.hidden_size) if bias is None else bias)
+
+    def shrunk(self, factor: Fraction) -> dict[str, Any]:
+        return self.grown(factor, "zero")
+
+    @torch.no_grad()
+    def energy(self, x: Tensor) -> Tensor:
+        """E[h^2] times the squared length of what the channel adds to: (1, inner)."""
+        log_a, b = self.gates(x)
+        h, _ = ops.vector_scan(log_a, b, self.init_state(x.shape[0]).h)
+        reach = 1.0 if self.out_proj is None else self.out_proj.weight.square().sum(0)
+        return (h.square().mean((0, 1)) * reach).unsqueeze(0)
+
+    def keep(self, old: MinimalMixer, kept: Tensor) -> None:
+        self._take(old, *[kept.flatten()] * 2)
 
 
 class MinGRU(MinimalMixer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,15 @@ from torch import Tensor, nn
 
 from statewright.mixers import Attention, CausalConv, Mixer, build_mixer
 from statewright.models.config import StatewrightConfig
-from statewright.policies import Policy, build_policy
+from statewright.policies import (
+    Chain,
+    Policy,
+    StateNorm,
+    build_policy,
+    eviction_of,
+    policy_spec,
+    recurrent_parts,
+)
 from statewright.shapes import require
 from statewright.state import State
 
@@ -92,13 +101,16 @@ class Block(Mixer):
         mask: Tensor | None = None,
         reset: Tensor | None = None,
         policy: Policy | None = None,
+        donate: bool = False,
     ) -> tuple[Tensor, State]:
+        """As `Mixer.forward`. donate: see `Attention.forward`; other mixers save nothing by it."""
         state = inner = self.begin(x, state, mask, reset)
         if self.conv is not None:
             y, taps = self.conv(x, state.extra[_TAPS], mask, reset)
             x = x + self.dropout(y)
             inner = state.without_extra(_TAPS)
-        y, inner = self.mixer(self.norm(x), inner, mask, reset, policy)
+        options = {"donate": True} if donate and isinstance(self.mixer, Attention) else {}
+        y, inner = self.mixer(self.norm(x), inner, mask, reset, policy, **options)
         if self.conv is not None:
             inner = inner.with_extra(_TAPS, taps, _TAPS_AXES)
         return self._mlp(x + self.dropout(y)), inner
@@ -107,14 +119,43 @@ class Block(Mixer):
         return x if self.mlp is None else x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-def layer_policies(blocks: Iterable[nn.Module], policy: Policy | str | None) -> list[Policy | None]:
-    """Each block's own policy: the blocks that hold lists share it, the others have none."""
+def layer_policies(
+    blocks: Iterable[nn.Module],
+    policy: Policy | str | None,
+    norms: tuple[Tensor, ...] | None = None,
+) -> list[Policy | None]:
+    """Each block's own policy: lists share the part that evicts, linear recurrences the others.
+
+    norms: the heads' norms at the training length, for a `StateNorm` whose limit is a multiple.
+    Raises ValueError for a recurrent policy on a model without a linear recurrence.
+    """
     chosen = build_policy(policy)
-    lists = [isinstance(block.mixer, Attention) for block in blocks]
+    mixers = [block.mixer for block in blocks]
     if chosen is None:
-        return [None] * len(lists)
-    before = [sum(lists[:i]) for i in range(len(lists))]
-    return [chosen.for_layer(n, sum(lists)) if own else None for n, own in zip(before, lists)]
+        return [None] * len(mixers)
+    eviction, parts = eviction_of(chosen), recurrent_parts(chosen)
+    lists = [isinstance(mixer, Attention) for mixer in mixers]
+    linear = [mixer.is_linear for mixer in mixers]
+    if parts and not any(linear):
+        raise ValueError(
+            f"policy {policy_spec(chosen)}: no layer of this model is a linear recurrence "
+            "(Mamba-2, GLA, Mamba, minGRU, minLSTM)"
+        )
+    measured = [
+        replace(part, norms=norms) if isinstance(part, StateNorm) and part.needs_norms else part
+        for part in parts
+    ]
+    own: list[Policy | None] = []
+    for i in range(len(mixers)):
+        if lists[i]:
+            place = sum(lists[:i]), sum(lists)
+            own.append(None if eviction is None else eviction.for_layer(*place))
+        elif linear[i] and parts:
+            place = sum(linear[:i]), sum(linear)
+            own.append(Chain(tuple(part.for_layer(*place) for part in measured)))
+        else:
+            own.append(None)
+    return own
 
 
 class SwiGLU(nn.Module):

@@ -6,11 +6,16 @@ import dataclasses
 
 from statewright import spec
 from statewright.policies.base import MARK, Eviction, Policy, Slots
+from statewright.policies.delta_scale import DeltaScale
+from statewright.policies.forget_more import ForgetMore
 from statewright.policies.h2o import H2O
 from statewright.policies.key_diff import KeyDiff
 from statewright.policies.key_norm import KeyNorm
 from statewright.policies.lag_kv import LagKV
 from statewright.policies.random import Random
+from statewright.policies.recurrent import Chain, RecurrentPolicy, eviction_of, recurrent_parts
+from statewright.policies.state_norm import StateNorm
+from statewright.policies.state_window import StateWindow
 from statewright.policies.tova import TOVA
 from statewright.policies.window import Window
 
@@ -22,31 +27,43 @@ POLICIES: dict[str, type[Policy]] = {
     "keynorm": KeyNorm,
     "keydiff": KeyDiff,
     "lagkv": LagKV,
+    "forgetmore": ForgetMore,
+    "statenorm": StateNorm,
+    "statewindow": StateWindow,
+    "deltascale": DeltaScale,
 }
 
 
 def build_policy(text: str | Policy | None) -> Policy | None:
     """`build_policy("tova:budget=512:sinks=4")`; "none" and None mean no policy.
 
-    Raises ValueError naming what is unknown, or the smallest legal budget.
+    "forgetmore:decay=0.999+statenorm:limit=2x" is a chain, the first part outermost. Raises
+    ValueError naming what is unknown, or the smallest legal budget.
     """
     if text is None or isinstance(text, Policy):
         return text
     if text.strip().lower() == "none":
         return None
-    return spec.build(text, POLICIES, "policy")
+    parts = [spec.build(part.strip(), POLICIES, "policy") for part in text.split("+")]
+    return parts[0] if len(parts) == 1 else Chain(tuple(parts))
 
 
 def policy_spec(policy: Policy | None) -> str:
     """The spec string that builds this policy; "none" without one."""
     if policy is None:
         return "none"
+    if isinstance(policy, Chain):
+        return "+".join(policy_spec(part) for part in policy.parts)
     name = next((n for n, cls in POLICIES.items() if cls is type(policy)), None)
     if name is None:
         return repr(policy)
-    options = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
-    ordered = {"budget": options.pop("budget"), **options} if "budget" in options else options
-    return spec.format_spec(name, ordered, POLICIES[name])
+    known = [f.name for f in dataclasses.fields(policy) if f.metadata.get("spec", True)]
+    options = {name: getattr(policy, name) for name in known}
+    if "budget" in options:
+        options = {"budget": options.pop("budget"), **options}
+    else:
+        options["every"] = options.pop("every")
+    return spec.format_spec(name, options, POLICIES[name])
 
 
 __all__ = [
@@ -54,14 +71,22 @@ __all__ = [
     "MARK",
     "POLICIES",
     "TOVA",
+    "Chain",
+    "DeltaScale",
     "Eviction",
+    "ForgetMore",
     "KeyDiff",
     "KeyNorm",
     "LagKV",
     "Policy",
     "Random",
+    "RecurrentPolicy",
     "Slots",
+    "StateNorm",
+    "StateWindow",
     "Window",
     "build_policy",
+    "eviction_of",
     "policy_spec",
+    "recurrent_parts",
 ]
