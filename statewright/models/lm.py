@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from statewright.hf.cache import StateCache
 from statewright.mixers.base import advance_seen
 from statewright.models.block import Block, layer_policies, make_norm
+from statewright.models.calibration import Norms, read_norms, write_norms
 from statewright.models.config import StatewrightConfig
+from statewright.models.outputs import StatewrightModelOutput, StatewrightOutput
 from statewright.models.shim import write_shim
 from statewright.policies import Policy, build_policy
 from statewright.shapes import require
 from statewright.state import ModelState
-
-
-@dataclass
-class StatewrightOutput(ModelOutput):
-    """loss (), logits (B, T, vocabulary), state, and the cache if one was used."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    state: ModelState | None = None
-    past_key_values: StateCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class StatewrightModelOutput(ModelOutput):
-    """last_hidden_state (B, T, D), state, and the cache if one was used."""
-
-    last_hidden_state: Tensor | None = None
-    state: ModelState | None = None
-    past_key_values: StateCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class StatewrightPreTrainedModel(PreTrainedModel):
@@ -76,6 +55,14 @@ class StatewrightPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
             write_shim(save_directory)
+            write_norms(self.base_model.norms, save_directory)
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model.norms = read_norms(path)
+        return loaded
 
 
 class StatewrightModel(StatewrightPreTrainedModel):
@@ -87,6 +74,7 @@ class StatewrightModel(StatewrightPreTrainedModel):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
+        self.norms: Norms | None = None
         if build_policy(config.policy) is not None:
             message = (
                 f"the config bounds this model by default: {config.policy}; policy='none' does not"
@@ -122,7 +110,8 @@ class StatewrightModel(StatewrightPreTrainedModel):
         """One token: ids (B,) or embeddings (B, D) -> hidden (B, D) and the next state."""
         x = x if x.is_floating_point() else self.embeddings(x)
         states = []
-        policies = layer_policies(self.layers, self.config.policy if policy is None else policy)
+        chosen = self.config.policy if policy is None else policy
+        policies = layer_policies(self.layers, chosen, self.norms)
         for layer, layer_state, own in zip(self.layers, state.layers, policies):
             x, layer_state = layer.step(x, layer_state, mask, reset, own)
             states.append(layer_state)
@@ -163,13 +152,14 @@ class StatewrightModel(StatewrightPreTrainedModel):
         mask = _own_mask(attention_mask, B, T)
         reset = None if reset is None else reset.bool()
         hidden, states = [], []
-        policies = layer_policies(self.layers, self.config.policy if policy is None else policy)
+        chosen = self.config.policy if policy is None else policy
+        policies = layer_policies(self.layers, chosen, self.norms)
         for layer, layer_state, own in zip(self.layers, state.layers, policies):
             hidden.append(x)
             if self.gradient_checkpointing and self.training:
                 x, new = self._gradient_checkpointing_func(layer, x, layer_state, mask, reset, own)
             else:
-                x, new = layer(x, layer_state, mask, reset, own)
+                x, new = layer(x, layer_state, mask, reset, own, kwargs.get("donate", False))
             states.append(new)
         x = self.norm(x)
         new_state = ModelState(layers=tuple(states), seen=advance_seen(state.seen, T, mask, reset))
@@ -261,7 +251,8 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, GenerationMixin):
         S > T whose last T columns count: 0 marks padding, left or right. reset (B, T) bool: a
         document begins at this token. labels (B, T): shifted here, -100 ignored.
         logits_to_keep: only the last that many positions (0: all), or their indices. policy:
-        bounds the attention layers; None: the config's; "none": none.
+        bounds the attention layers; None: the config's; "none": none. donate: the state is given
+        away and may be written over (only a Session knows that nobody else holds it).
         Raises ValueError for shapes that do not fit, or a state and a filled cache together.
         """
         out = self.model(
@@ -274,6 +265,7 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, GenerationMixin):
             kwargs.pop("use_cache", None),
             kwargs.pop("output_hidden_states", None),
             policy,
+            donate=kwargs.pop("donate", False),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])

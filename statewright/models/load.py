@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from statewright import spec
 from statewright.mixers import MIXERS
+from statewright.models.calibration import read_norms
 from statewright.models.config import StatewrightConfig
 from statewright.models.convert import FAMILIES
 from statewright.models.convert.family import Family
@@ -48,6 +49,7 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None) -> Statewrigh
     kinds = {t.dtype for t in tensors.values() if t.is_floating_point()} or {torch.float32}
     model = model.to(sorted(kinds, key=str)[0]).to_empty(device="cpu")
     fit(model, tensors, str(path))
+    model.model.norms = read_norms(path)
     _load_generation_config(model, path)
     return model.eval()
 
@@ -71,7 +73,13 @@ def save_as(
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
-    for file in sorted(source.iterdir()) if source is not None else ():
+    if source is not None:
+        copy_tokenizer(source, directory)
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copy the files of a checkpoint's tokenizer."""
+    for file in sorted(source.iterdir()):
         if file.name.startswith(_TOKENIZER_FILES):
             shutil.copyfile(file, directory / file.name)
 

@@ -1,0 +1,62 @@
+"""What a policy measured on a model: head norms at the training length, in policy.safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from statewright.policies.recurrent import carried
+
+FILE = "policy.safetensors"
+Norms = tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def measure_norms(model: nn.Module, ids: Tensor) -> Norms:
+    """Frobenius norm of each head's state after ids (B, T), mean over rows, in float32.
+
+    One tensor per layer with a linear recurrence: (H,), or (1,) for a vector state. The limits
+    of `StateNorm(limit="1x")`, with T the training length. Without any policy.
+    """
+    state = model(ids, policy="none", logits_to_keep=1).state
+    norms = []
+    for block, layer in zip(model.model.layers, state.layers):
+        if block.mixer.is_linear:
+            value = carried(layer).float()
+            heads = value.unsqueeze(1) if value.dim() == 2 else value.flatten(2)
+            norms.append(heads.norm(dim=-1).mean(0))
+    if not norms:
+        raise ValueError("measure_norms: no layer of this model is a linear recurrence")
+    return tuple(norms)
+
+
+def calibrate(model: nn.Module, ids: Tensor) -> Norms:
+    """Measure the norms on ids (B, T = training length) and keep them with the model.
+
+    `save_pretrained` writes them to policy.safetensors; `load` and `from_pretrained` read them.
+    """
+    model.model.norms = measure_norms(model, ids)
+    return model.model.norms
+
+
+def write_norms(norms: Norms | None, directory: str | Path) -> None:
+    """policy.safetensors beside the weights, if there is something to write."""
+    if norms is not None:
+        tensors = {f"norm.{i}": norm.contiguous() for i, norm in enumerate(norms)}
+        save_file(tensors, Path(directory) / FILE, {"format": "pt"})
+
+
+def read_norms(directory: str | Path) -> Norms | None:
+    """What `write_norms` wrote; None if there is no such file. ValueError for a damaged one."""
+    file = Path(directory) / FILE
+    if not file.is_file():
+        return None
+    try:
+        tensors = load_file(file)
+        return tuple(tensors[f"norm.{i}"] for i in range(len(tensors)))
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{file}: damaged ({error})") from error

@@ -1,0 +1,32 @@
+"""What a call of the decoder returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from statewright.hf.cache import StateCache
+from statewright.state import ModelState
+
+
+@dataclass
+class StatewrightOutput(ModelOutput):
+    """loss (), logits (B, T, vocabulary), state, and the cache if one was used."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: ModelState | None = None
+    past_key_values: StateCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class StatewrightModelOutput(ModelOutput):
+    """last_hidden_state (B, T, D), state, and the cache if one was used."""
+
+    last_hidden_state: Tensor | None = None
+    state: ModelState | None = None
+    past_key_values: StateCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
