@@ -90,6 +90,9 @@ def random_model(config, attention: str = "eager", dtype=torch.float64) -> PreTr
                 parameter.normal_(0, 0.3)
             if "sinks" in name:
                 parameter.normal_()
+            if "k_norm" in name:
+                # Otherwise all keys of a head are equally long, and KeyNorm has no choice.
+                parameter.normal_(1, 0.3)
     return model
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from statewright.bench import decode, layers, scans, table
+from statewright.bench import bounded, decode, layers, scans, table
 from statewright.bench.protocol import Case, as_json, environment, measure
 from statewright.ops import native
 
@@ -44,6 +44,7 @@ def test_methods_take_turns_and_threads_are_restored() -> None:
         lambda: layers.layer("minlstm", 2, 33, 16),
         lambda: decode.step("mingru", 16),
         lambda: decode.language_model(1, 8),
+        lambda: bounded.decoding(1, budget=8, seen=40, tokens=2),
     ],
 )
 def test_every_case_passes_its_gate_and_runs(make) -> None:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from statewright.hf.rotary import note, rotary_modules, undone
 from statewright.policies.simulate import Rule
 
 NAME = "statewright_bounded"
 _TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+# What every call would otherwise search for: a model's configs and the end of its position table.
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[list, int | None]] = WeakKeyDictionary()
 _ACTIVE: ContextVar[Call | None] = ContextVar("statewright_bounded_call", default=None)
 
 
@@ -51,9 +57,13 @@ def install(model: PreTrainedModel) -> None:
     """Let the model's calls look for a BoundedCache among their arguments, and do nothing else."""
     AttentionInterface.register(NAME, bounded_attention)
     for module in {id(m): m for m in (model, model.base_model)}.values():
+        _KNOWN.pop(module, None)
         if _enter not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_enter, with_kwargs=True)
             module.register_forward_hook(_leave, with_kwargs=True, always_call=True)
+    for module in rotary_modules(model):
+        if _rotary not in module._forward_hooks.values():
+            module.register_forward_hook(_rotary, with_kwargs=True)
 
 
 def bounded_attention(
@@ -91,8 +101,7 @@ def bounded_attention(
 
 
 def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    given = {**given.get("kwargs", {}), **given}
+    given = _named(module, args, kwargs)
     cache = given.get("past_key_values")
     if not getattr(cache, "is_bounded", False):
         return
@@ -106,10 +115,13 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
             "BoundedCache: attention_mask must be None or (B, S) with 1 for a token and 0 for "
             "padding; prepared masks cannot follow tokens that leave"
         )
-    _check_table(module, cache, given, mask)
-    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
+    if module not in _KNOWN:
+        _KNOWN[module] = _configs(module), position_table(module)
+    configs, table = _KNOWN[module]
+    if table is not None:
+        _check_table(table, cache, given, mask)
     name = "_attn_implementation_internal"
-    before = [(c, vars(c)[name]) for c in configs.values() if name in vars(c)]
+    before = [(c, vars(c)[name]) for c in configs if name in vars(c)]
     _ACTIVE.set(Call(cache, None if mask is None else mask.bool(), before))
     for config, _ in before:
         setattr(config, name, NAME)
@@ -119,8 +131,7 @@ def _leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     call = _ACTIVE.get()
     if call is None:
         return
-    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    if {**given.get("kwargs", {}), **given}.get("past_key_values") is not call.cache:
+    if _named(module, args, kwargs).get("past_key_values") is not call.cache:
         return
     call.depth -= 1
     if call.depth:
@@ -135,6 +146,16 @@ def _leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         )
 
 
+def _rotary(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Under a cache that places tokens itself, the model's own rotation is the identity."""
+    call = _ACTIVE.get()
+    if call is None:
+        return None
+    if call.cache.probe is not None:
+        note(call.cache.probe, module, args, kwargs, output)
+    return undone(output) if id(module) in call.cache.undo else None
+
+
 def position_table(model: nn.Module) -> int | None:
     """The number of learned absolute positions; None for a model that has no such table."""
     for name, module in model.named_modules():
@@ -143,11 +164,28 @@ def position_table(model: nn.Module) -> int | None:
     return None
 
 
-def _check_table(model: nn.Module, cache: Any, given: dict, mask: Tensor | None) -> None:
-    limit = position_table(model)
+def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    forward = getattr(module.forward, "__func__", module.forward)
+    return {**dict(zip(_parameters(forward), args)), **kwargs}
+
+
+@cache
+def _parameters(forward: Callable) -> list[str]:
+    names = list(inspect.signature(forward).parameters)
+    return names[1:] if names[:1] == ["self"] else names
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return list(found.values())
+
+
+def _check_table(limit: int, cache: Any, given: dict, mask: Tensor | None) -> None:
     tokens = given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
-    if limit is None or tokens is None:
+    if tokens is None:
         return
     new = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
     if mask is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,13 +20,16 @@ from transformers.cache_utils import (
 )
 
 from statewright.hf.attention import active_call, install, uses_interface
-from statewright.mixers.kv import bounded, empty_list, extend
-from statewright.policies import Eviction, Policy, build_policy
+from statewright.hf.rotary import Probe, find_turns
+from statewright.mixers.kv import bounded, empty_list, extend, needs_grad
+from statewright.policies import Eviction, Policy, Window, build_policy
+from statewright.policies.placement import Placement, check_mode
 from statewright.policies.simulate import Rule
 from statewright.policies.timeline import Timeline
 from statewright.policies.working import WorkingSlots
 from statewright.state import KVState
 
+_IDLE = 1 << 20
 _LISTS = (DynamicLayer, DynamicSlidingWindowLayer)
 _BOTH = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 
@@ -42,6 +47,7 @@ class BoundedLayer(CacheLayerMixin):
 
     def __init__(self, policy: Eviction, block: int) -> None:
         self.policy, self.block = policy, block
+        self.placement: Placement | None = None
         self.num_columns = 0
         self._state: KVState | None = None
         self._working: WorkingSlots | None = None
@@ -102,7 +108,9 @@ class BoundedLayer(CacheLayerMixin):
         T = key.shape[2]
         self.num_columns += T
         self.new_keys = None
-        if T == 1 and (mask is None or bool(mask.all())) and not _needs_grad(query, key, value):
+        if self.placement is not None:
+            rule = replace(rule, placement=self.placement)
+        if T == 1 and (mask is None or bool(mask.all())) and not needs_grad(query, key, value):
             working = self._ready(key, value, rule)
             if working is not None:
                 return working.step(query, key, value, rule)
@@ -120,7 +128,7 @@ class BoundedLayer(CacheLayerMixin):
             assert state is not None
             policy = bounded(self.policy, state, key, value)
             if WorkingSlots.fits(policy, state, rule):
-                self._state, self._working = None, WorkingSlots(policy, state)
+                self._state, self._working = None, WorkingSlots(policy, state, rule)
         return self._working
 
     def get_seq_length(self) -> int:
@@ -133,7 +141,7 @@ class BoundedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         kept = 0
         if self._working is not None:
-            kept = self._working.pos.shape[-1] - 1
+            kept = self._working.count
         elif self._state is not None:
             kept = self._state.pos.shape[-1]
         return kept + query_length, self.num_columns - kept
@@ -198,17 +206,23 @@ class BoundedCache(Cache):
     policy: an Eviction or its spec. prefill: how a call with several tokens evicts: "exact", as
     token by token (the paper's definition, arXiv:2401.06104, appendix E); "chunk:c", after every c
     tokens; "dense", the authors' release: the whole prompt attends to itself, then one eviction.
-    The model is not changed; its calls without this cache are as before. Recurrent layers of
-    hybrids are untouched. Positions stay original. To go on with a filled cache give `generate`
-    all ids and an attention_mask (without one transformers feeds them again). Raises ValueError for
-    a policy that does not bound lists, a model whose attention does not go through transformers'
-    interface, and one whose cache has layers that we do not know.
+    positions: "original", or "renumbered" or "compressed" (see `Placement`): rotary models only,
+    keys are stored un-rotated and policies that look at keys see them so. The model is not
+    changed; calls without this cache are as before; recurrent layers of hybrids are untouched.
+    To go on with a filled cache give `generate` all ids and an attention_mask. Raises ValueError
+    for a policy that does not bound lists and for a model whose attention, cache layers or
+    positions we cannot follow (Bloom, MPT, Falcon, GPT-J, CodeGen: nothing tells a policy what
+    their own code attends to, and their biases and masks go by slot, not by token).
     """
 
     is_bounded = True
 
     def __init__(
-        self, model: PreTrainedModel, policy: Policy | str, prefill: str = "exact"
+        self,
+        model: PreTrainedModel,
+        policy: Policy | str,
+        prefill: str = "exact",
+        positions: str = "original",
     ) -> None:
         chosen = build_policy(policy)
         if not isinstance(chosen, Eviction):
@@ -228,6 +242,19 @@ class BoundedCache(Cache):
         own = [chosen.for_layer(sum(lists[:i]), sum(lists)) for i in range(len(lists))]
         super().__init__(layers=[_layer(t, p, block) for t, p in zip(theirs, own)])
         install(model)
+        self.positions = check_mode(positions, "BoundedCache")
+        self.probe: Probe | None = None
+        self.undo: frozenset[int] = frozenset()
+        if positions != "original":
+            self._place(model)
+
+    def _place(self, model: PreTrainedModel) -> None:
+        """Let every layer with rotary positions place its tokens itself."""
+        turns, self.undo = find_turns(model, lambda: BoundedCache(model, Window(_IDLE)))
+        lists = [layer for layer in self.layers if isinstance(layer, BoundedLayer)]
+        for layer, turn in zip(lists, turns, strict=True):
+            if turn is not None:
+                layer.placement = Placement(self.positions, turn)
 
     @property
     def states(self) -> list[KVState | None]:
@@ -250,10 +277,6 @@ class BoundedCache(Cache):
             "BoundedCache.crop: tokens that have left cannot come back; deepcopy the cache before "
             "and go on from the copy (assisted decoding needs cropping and is not supported)"
         )
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _block(prefill: str) -> int:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from statewright.mixers.base import Mixer
 from statewright.mixers.kv import bounded, empty_list, extend, marks_of, tidy
-from statewright.mixers.rope import frequencies, parse_scaling, rotate
+from statewright.mixers.lease import refuse_donated, step_in_place, use_up
+from statewright.mixers.rope import frequencies, parse_scaling, rotate, turn_by
 from statewright.policies import Eviction, Policy, Slots
 from statewright.policies.base import victims
+from statewright.policies.placement import Placement, check_mode
 from statewright.policies.simulate import Rule
 from statewright.policies.timeline import Timeline
 from statewright.shapes import require
@@ -25,9 +27,10 @@ class Attention(Mixer):
     A decoder Transformer as a multi-state RNN: the state is one (key, value, position) row per
     token, H = num_kv_heads (grouped queries, arXiv:2305.13245), without end unless a policy bounds
     it or `window` hides (and drops) tokens that are `window` or more positions back. Keys are
-    stored rotated, positions stay a token's index since its row's reset. x, y (B, T, D). qk_norm:
-    RMSNorm per head before the rotation (Qwen3). Differs from transformers: masked tokens do not
-    exist, so nothing depends on the side of the padding.
+    stored rotated by a token's index since its row's reset; with positions="renumbered" or
+    "compressed" un-rotated, and turned by their `Placement`. x, y (B, T, D). qk_norm: RMSNorm per
+    head before the rotation (Qwen3). Differs from transformers: masked tokens do not exist, so
+    nothing depends on the side of the padding.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Attention(Mixer):
         out_bias: bool = False,
         qk_norm: bool = False,
         eps: float = 1e-6,
+        positions: str = "original",
     ) -> None:
         super().__init__()
         kv = num_heads if num_kv_heads is None else num_kv_heads
@@ -54,6 +58,7 @@ class Attention(Mixer):
         if window is not None and window < 1:
             raise ValueError(f"attention: window={window}, expected at least 1 token")
         parse_scaling(rope_scaling)
+        self.positions = check_mode(positions, "attention")
         self.hidden_size, self.head_dim, self.window = hidden_size, size, window
         self.num_heads, self.num_kv_heads = num_heads, kv
         self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
@@ -66,7 +71,11 @@ class Attention(Mixer):
 
     @property
     def rule(self) -> Rule:
-        return Rule(scale=self.head_dim**-0.5, window=self.window)
+        placement = None
+        if self.positions != "original":
+            turn = turn_by(self.head_dim, self.rope_theta, self.rope_scaling)
+            placement = Placement(self.positions, turn)
+        return Rule(scale=self.head_dim**-0.5, window=self.window, placement=placement)
 
     def init_state(self, batch_size: int) -> KVState:
         weight, size = self.k_proj.weight, self.head_dim
@@ -97,6 +106,7 @@ class Attention(Mixer):
     def check(self, state: State, batch_size: int) -> None:
         if not isinstance(state, KVState):
             raise ValueError(f"Attention: state is {state!r}, expected a KVState")
+        refuse_donated(state)
         sizes = {"B": batch_size, "H": self.num_kv_heads, "Dh": self.head_dim}
         _, _, N, _ = require("Attention", "state.k", state.k, "B H N Dh", **sizes)
         require("Attention", "state.v", state.v, "B H N Dh", N=N, **sizes)
@@ -104,14 +114,19 @@ class Attention(Mixer):
         require("Attention", "state.pos", state.pos, "B H N", N=N, **sizes)
 
     def project(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) and pos (B, T) to q (B, H * R, T, Dh) and k, v (B, H, T, Dh), rotated."""
+        """x (B, T, D) and pos (B, T) to q (B, H * R, T, Dh) and k, v (B, H, T, Dh).
+
+        q and k are rotated by pos, unless their places are found when they are read.
+        """
         q, k, v = (
             p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        inverse = frequencies(self.head_dim, self.rope_theta, self.rope_scaling, x.device)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if self.positions != "original":
+            return q, k, v
+        inverse = frequencies(self.head_dim, self.rope_theta, self.rope_scaling, x.device)
         return rotate(q, pos, inverse), rotate(k, pos, inverse), v
 
     def step(
@@ -121,11 +136,17 @@ class Attention(Mixer):
         mask: Tensor | None = None,
         reset: Tensor | None = None,
         policy: Policy | None = None,
+        donate: bool = False,
     ) -> tuple[Tensor, State]:
-        """The definition, one token: append, attend to all that is kept, observe, evict."""
+        """The definition, one token: append, attend to all that is kept, observe, evict.
+
+        donate: as in `forward`; the definition uses the state up without writing to it.
+        """
         B, _ = require("Attention", "x", x, "B D", D=self.hidden_size)
         self.check(state, B)
         assert isinstance(state, KVState)
+        if donate:
+            use_up(state)
         active = torch.ones_like(state.seen, dtype=torch.bool) if mask is None else mask
         pos, seen = state.pos, state.seen
         if reset is not None:
@@ -136,7 +157,13 @@ class Attention(Mixer):
         k, v = torch.cat([state.k, k_t], 2), torch.cat([state.v, v_t], 2)
         new = torch.where(active, seen, -1).view(-1, 1, 1).expand(-1, self.num_kv_heads, 1)
         pos = torch.cat([pos, new], 2)
-        logits = q.unflatten(1, (self.num_kv_heads, -1)) @ k.unsqueeze(2).mT
+        q, turned, placement = q.unflatten(1, (self.num_kv_heads, -1)), k, self.rule.placement
+        if placement is not None:
+            places = placement.places(pos)
+            own = places[..., -1:].unsqueeze(-1).expand(q.shape[:-1])
+            q = placement.turn(q.flatten(2, 3), own.flatten(2)).view(q.shape).to(k.dtype)
+            turned = placement.turn(k, places).to(k.dtype)
+        logits = q @ turned.unsqueeze(2).mT
         weights = self.rule.weights(logits, (pos >= 0).unsqueeze(2))
         y = self.o_proj((weights @ v.unsqueeze(2)).flatten(1, 3).view(B, -1))
         seen = seen + active
@@ -155,14 +182,27 @@ class Attention(Mixer):
         mask: Tensor | None = None,
         reset: Tensor | None = None,
         policy: Policy | None = None,
+        donate: bool = False,
     ) -> tuple[Tensor, State]:
+        """As `Mixer.forward`. donate: the caller gives the state away, and a single unmasked
+        token is then written into its slots instead of a copy.
+
+        Raises ValueError, with the reason, for a state that was donated before.
+        """
         state = self.begin(x, state, mask, reset)
         assert isinstance(state, KVState)
-        if x.shape[1] == 0:
+        T, eviction = x.shape[1], policy if isinstance(policy, Eviction) else None
+        if T == 0:
             return torch.empty_like(x), state
-        timeline = Timeline.of(state.pos, state.seen, x.shape[1], mask, reset)
+        if donate and T == 1 and reset is None and (mask is None or bool(mask.all())):
+            q, k, v = self.project(x, state.seen.unsqueeze(1))
+            found = step_in_place(q, k, v, state, self.rule, eviction)
+            if found is not None:
+                return self.o_proj(found[0].transpose(1, 2).flatten(2)), found[1]
+        timeline = Timeline.of(state.pos, state.seen, T, mask, reset)
         q, k, v = self.project(x, timeline.query_pos)
-        eviction = policy if isinstance(policy, Eviction) else None
+        if donate:
+            use_up(state)
         o, state = extend(q, k, v, state, timeline, self.rule, eviction)
         return self.o_proj(o.transpose(1, 2).flatten(2)), state
 

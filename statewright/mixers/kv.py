@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -49,34 +51,67 @@ def extend(
     B, H, T, _ = k.shape
     if T == 0:
         return q.new_zeros(*q.shape[:3], v.shape[-1]), state
-    if policy is not None and T == 1 and _single(policy, state, timeline, rule, q, k, v):
-        slots = WorkingSlots(bounded(policy, state, k, v), state)
-        return slots.step(q, k, v, rule), slots.state()
+    if policy is not None:
+        policy = bounded(policy, state, k, v)
+        if _in_turns(policy, state, timeline, rule, block, q, k, v):
+            return _one_by_one(q, k, v, state, rule, policy)
     q = q.unflatten(1, (H, -1))
     keys, values = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
     died, marks = None, {}
     if policy is not None:
-        policy = bounded(policy, state, k, v)
         old = marks_of(policy, state)
         if policy.mark_names or policy.budget < keys.shape[2]:
             died, marks = simulate(policy, q, keys, values, old, timeline, rule, block)
-    out = _attend(q, keys, values, timeline, died, rule)
+    attend = _attend if rule.placement is None else _attend_placed
+    out = attend(q, keys, values, timeline, died, rule)
     left = timeline.remaining(died, rule.window)
     return out.flatten(1, 2), tidy(
         state, keys, values, timeline.pos, timeline.seen[:, -1], left, marks
     )
 
 
-def _single(
-    policy: Eviction, state: KVState, timeline: Timeline, rule: Rule, *tensors: Tensor
+def needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _in_turns(
+    policy: Eviction, state: KVState, timeline: Timeline, rule: Rule, block: int, *tensors: Tensor
 ) -> bool:
-    """Whether one token may take the short way: a full state, nothing masked, no gradient."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, state.k, state.v)):
+    """Whether tokens are better taken one after the other in preallocated slots.
+
+    One token always; several if keys turn anew for every query, so that nothing is gained by
+    taking them together. Not with gradients, masked tokens or resets.
+    """
+    T = timeline.seen.shape[1]
+    evicts = state.pos.shape[-1] + T > policy.budget
+    if T > 1 and (rule.placement is None or block != 1 or not evicts):
+        return False
+    if needs_grad(*tensors, state.k, state.v):
         return False
     if not bool(timeline.active.all()) or bool(timeline.query_segment.any()):
         return False
-    policy = bounded(policy, state, *tensors[1:])
     return WorkingSlots.fits(policy, state, rule)
+
+
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, state: KVState, rule: Rule, policy: Eviction
+) -> tuple[Tensor, KVState]:
+    T = k.shape[2]
+    if T > 1:
+        announce_turns()
+    slots = WorkingSlots(policy, state, rule, spare=T > 1)
+    at = [slice(t, t + 1) for t in range(T)]
+    outputs = [slots.step(q[:, :, t], k[:, :, t], v[:, :, t], rule) for t in at]
+    return torch.cat(outputs, 2), slots.state()
+
+
+@cache
+def announce_turns() -> None:
+    warnings.warn(
+        "positions other than 'original' change with every eviction, so keys are turned anew for "
+        "every query: attention takes the tokens of a call one by one",
+        stacklevel=2,
+    )
 
 
 def bounded(policy: Eviction, state: KVState, k: Tensor, v: Tensor) -> Eviction:
@@ -152,6 +187,53 @@ def _attend(
         visible = timeline.visible(begin, end, index, died, rule.window)
         outputs.append(weighted(q[:, :, :, begin:end], keys, values, visible, rule))
     return torch.cat(outputs, 3) if len(outputs) > 1 else outputs[0]
+
+
+def _attend_placed(
+    q: Tensor, k: Tensor, v: Tensor, timeline: Timeline, died: Tensor | None, rule: Rule
+) -> Tensor:
+    """As `_attend` for un-rotated q and k: one placement for every span without an eviction.
+
+    Within such a span the tokens that a query sees are neighbours in the order of positions, so
+    that places found for all of them differ from the query's own by a constant, which rotations
+    do not see.
+    """
+    T, N = q.shape[3], timeline.num_old
+    ends = [] if died is None else died[(died >= 0) & (died < T - 1)].unique().add(1).tolist()
+    ends = sorted({*ends, *range(_QUERIES, T, _QUERIES), T})
+    if died is not None and len(ends) > T // 2 > 1:
+        announce_turns()
+    outputs = []
+    for begin, end in zip([0, *ends], ends):
+        index = _in_order(timeline, begin, end, died)
+        entry = index.clamp(max=k.shape[2] - 1)
+        keys, values = (
+            t.gather(2, entry.unsqueeze(-1).expand(*entry.shape, t.shape[-1])) for t in (k, v)
+        )
+        pos = timeline.pos.gather(-1, entry).masked_fill(index != entry, -1)
+        segment = timeline.segment.unsqueeze(1).expand_as(timeline.pos).gather(-1, entry)
+        places = rule.placement.places(pos, segment)
+        own = places.new_zeros(*places.shape[:2], k.shape[2] + 1).scatter_(-1, index, places)
+        turned = q[:, :, :, begin:end]
+        own = own[..., N + begin : N + end].unsqueeze(2).expand(turned.shape[:-1])
+        turned = rule.placement.turn(turned.flatten(2, 3), own.flatten(2)).view(turned.shape)
+        keys = rule.placement.turn(keys, places).to(k.dtype)
+        visible = timeline.visible(begin, end, index, died, rule.window)
+        outputs.append(weighted(turned.to(q.dtype), keys, values, visible, rule))
+    return torch.cat(outputs, 3) if len(outputs) > 1 else outputs[0]
+
+
+def _in_order(timeline: Timeline, begin: int, end: int, died: Tensor | None) -> Tensor:
+    """(B, H, A): the entries that columns [begin, end) may see, M for none."""
+    M = timeline.num_old + end
+    alive = timeline.pos[..., :M] >= 0
+    if died is not None:
+        alive = alive & (died[..., :M] >= begin)
+    counts = alive.sum(-1, keepdim=True)
+    index = (~alive).to(torch.uint8).argsort(dim=-1, stable=True)
+    index = index[..., : max(int(counts.max()), 1)]
+    nobody = timeline.pos.shape[-1]
+    return torch.where(torch.arange(index.shape[-1], device=index.device) < counts, index, nobody)
 
 
 def _candidates(

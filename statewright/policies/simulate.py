@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from statewright.policies.base import Eviction, Slots, lowest, victims
+from statewright.policies.placement import Placement
 from statewright.policies.timeline import NEVER, Timeline
 
 
@@ -16,20 +17,30 @@ class Rule:
     """How a layer attends: logits q.k * scale, soft-capped, within a window of positions.
 
     sinks (query heads,): a learned logit per head that takes attention and gives nothing.
+    placement: q and k come un-rotated and are turned by their places among the visible tokens;
+    None: they come as they are to be multiplied.
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    placement: Placement | None = None
 
-    def weights(self, logits: Tensor, visible: Tensor) -> Tensor:
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weights are a mere softmax of the scaled logits."""
+        return self.softcap is None and self.sinks is None
+
+    def weights(self, logits: Tensor, visible: Tensor | None) -> Tensor:
         """Softmax of q.k (B, H, R, C, N) over the visible (B, H, C, N); zero where none is."""
         logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        hidden = ~visible.unsqueeze(2)
-        logits = logits.masked_fill(hidden, float("-inf"))
+        if visible is not None:
+            logits = logits.masked_fill(~visible.unsqueeze(2), float("-inf"))
+        elif self.sinks is None:
+            return logits.softmax(-1)
         top = logits.amax(-1, keepdim=True)
         if self.sinks is not None:
             H, R = logits.shape[1:3]
@@ -134,7 +145,7 @@ class _Bank:
     def is_full(self) -> bool:
         """Whether exactly one slot is empty everywhere and every further token takes a victim's."""
         rule, policy = self.rule, self.policy
-        usual = self.plain and policy.every == 1 and rule.softcap is None and rule.sinks is None
+        usual = self.plain and policy.every == 1 and rule.is_plain and rule.placement is None
         full = self.pos.shape[-1] == policy.budget + 1
         return usual and full and bool(((self.pos < 0).sum(-1) == 1).all())
 
@@ -187,9 +198,11 @@ class _Bank:
 
     def _attention(self, begin: int, end: int) -> Tensor:
         """(B, H, R, C, S), zero for masked columns."""
-        q = self.q[:, :, :, begin:end]
+        q, keys = self.q[:, :, :, begin:end], self.keys
         B, H, R, C, D = q.shape
-        logits = (q.reshape(B, H, R * C, D) @ self.keys.mT).view(B, H, R, C, -1)
+        if self.rule.placement is not None:
+            q, keys = self._turned(q, begin, end)
+        logits = (q.reshape(B, H, R * C, D) @ keys.mT).view(B, H, R, C, -1)
         if self.plain and C == 1:
             visible = (self.pos >= 0).unsqueeze(2)
         else:
@@ -199,6 +212,20 @@ class _Bank:
         if self.plain:
             return weights
         return weights * self.timeline.active[:, None, None, begin:end, None]
+
+    def _turned(self, q: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """The queries of the columns and all keys, rotated by their places in the list."""
+        placement, nobody = self.rule.placement, self.died.shape[-1] - 1
+        assert placement is not None
+        segment = self.timeline.segment.unsqueeze(1).expand(*self.pos.shape[:2], -1)
+        segment = segment.gather(-1, self.index.clamp(max=nobody - 1))
+        places = placement.places(self.pos, segment)
+        index = self.index.masked_fill(self.pos < 0, nobody)
+        own = places.new_zeros(self.died.shape).scatter_(-1, index, places)
+        N = self.timeline.num_old
+        own = own[..., N + begin : N + end].unsqueeze(2).expand(q.shape[:-1])
+        turned = placement.turn(q.flatten(2, 3), own.flatten(2)).view(q.shape)
+        return turned, placement.turn(self.keys, places)
 
     def _expire(self, end: int) -> None:
         """Free what no later token sees: an earlier segment, or beyond the layer's own window."""
