@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from statewright.cli.common import MODEL
+
 
 @click.command()
-@click.argument("model", type=click.Path())
+@click.argument("model", type=MODEL)
 @click.option("--to", "target", required=True, type=click.Choice(["statewright", "hf", "fla"]))
 @click.option("--output-dir", required=True, type=click.Path())
 def convert(model: str, target: str, output_dir: str) -> None:

@@ -11,6 +11,7 @@ def list_() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from statewright.hf.pretrained import PRETRAINED
     from statewright.mixers import MIXERS
     from statewright.ops import VECTOR_BACKENDS
     from statewright.policies import POLICIES
@@ -29,3 +30,5 @@ def list_() -> None:
         console.print(table)
     console.print(f"[bold]scan backends[/bold]  {', '.join(VECTOR_BACKENDS)}")
     console.print("[bold]tokenizers[/bold]     bytes, characters, any Hugging Face path or id")
+    carried = ", ".join(PRETRAINED)
+    console.print(f"[bold]models[/bold]         any directory or Hugging Face id, {carried}")

@@ -9,15 +9,22 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, human_bytes
+from statewright.cli.common import BYTES, COUNT, MODEL, human_bytes
 
 
 @click.command()
-@click.argument("model", required=False, type=click.Path())
+@click.argument("model", required=False, type=MODEL)
 @click.option("--family", help="A tiny model of this family instead of MODEL.")
 @click.option("--context", type=COUNT, default=32 * 1024, show_default=True, help="Tokens read.")
 @click.option("--batch", type=COUNT, default=1, show_default=True, help="Rows.")
-@click.option("--measure", "measured", is_flag=True, help="Read that many tokens: peak memory.")
+@click.option("--policy", multiple=True, help="Bounds, e.g. tova:budget=512; repeatable.")
+@click.option("--memory", type=BYTES, help="With --policy: the largest batch, e.g. in 32GiB.")
+@click.option(
+    "--measure",
+    "measured",
+    is_flag=True,
+    help="Read that many tokens: peak memory. With --policy: decode, full, and time it.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def size(model: str | None, family: str | None, as_json: bool, **options: Any) -> None:
@@ -25,7 +32,8 @@ def size(model: str | None, family: str | None, as_json: bool, **options: Any) -
 
     MODEL is ours or any causal LM of transformers; of the latter its config.json is enough.
     Beside it stands the key/value cache of a Transformer of the same depth, width and dtype
-    (all heads kept), and the length at which that cache outgrows this state.
+    (all heads kept), and the length at which that cache outgrows this state. With --policy: the
+    bytes under each full budget beside the unbounded cache's (arXiv:2401.06104, table 1).
     """
     from statewright.cli.common import quiet_libraries
 
@@ -35,6 +43,12 @@ def size(model: str | None, family: str | None, as_json: bool, **options: Any) -
     if context < 1 or batch < 1:
         raise ValueError(f"size: context={context}, batch={batch}, expected at least 1")
     quiet_libraries()
+    if options["policy"]:
+        report = _bounded(model, family, options)
+        click.echo(json.dumps(report, indent=2)) if as_json else _bounded_table(report)
+        return
+    if options["memory"] is not None:
+        raise click.UsageError("--memory needs a --policy")
     if model is not None and _is_ours(model):
         from statewright.models import load
 
@@ -125,6 +139,89 @@ def _report(
     }
 
 
+def _bounded(model: str | None, family: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Every policy's bytes and largest batch, the unbounded cache first."""
+    from statewright.hf.sizing import bounded_sizes
+
+    if model is not None and _is_ours(model):
+        raise ValueError("size: --policy is for transformers models; ours name it in their config")
+    names, batch, memory = list(options["policy"]), options["batch"], options["memory"]
+    config = _config(model, family, options)
+    sizes = bounded_sizes(config, names, options["context"])
+    net = _net(model, family, options) if options["measured"] else None
+    rows = []
+    for name in [None, *names]:
+        per_row = sizes.full if name is None else sizes.bounded[name]
+        row = {"policy": name or "none", "row_bytes": per_row, "bytes": per_row * batch}
+        if memory is not None:
+            row["largest_batch"] = sizes.largest_batch(memory, name)
+        if net is not None:
+            row |= _decoded(net, name, options["context"], batch)
+        rows.append(row)
+    return {
+        "context": options["context"],
+        "batch": batch,
+        "weights_bytes": sizes.weights,
+        "memory": memory,
+        "rows": rows,
+    }
+
+
+def _decoded(net: Any, policy: str | None, context: int, batch: int) -> dict[str, float]:
+    """Tokens per second over all rows, and bytes held, once the budget is full."""
+    import torch
+
+    from statewright.evaluate.decoding import decode
+    from statewright.policies import build_policy
+
+    budget = getattr(build_policy(policy), "budget", context)
+    prompt = min(context, budget) if isinstance(budget, int) else context
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = net.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (batch, prompt), generator=generator).to(net.device)
+    point = list(decode(net, ids, policy, num_tokens=24, every=8))[-1]
+    return {
+        "measured_bytes": point.cache_bytes,
+        "tokens_per_second": batch / point.seconds_per_token,
+    }
+
+
+def _bounded_table(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    titles = {
+        "policy": "policy",
+        "bytes": f"{report['batch']} row(s)",
+        "share": "of none",
+        "largest_batch": "largest batch",
+        "measured_bytes": "measured",
+        "tokens_per_second": "tokens/s",
+        "speed": "to none",
+    }
+    rows, first = [], report["rows"][0]
+    for row in report["rows"]:
+        shown = {"policy": row["policy"], "bytes": human_bytes(row["bytes"])}
+        shown["share"] = f"{row['row_bytes'] / first['row_bytes']:.3f}"
+        if "largest_batch" in row:
+            shown["largest_batch"] = f"{row['largest_batch']:,}"
+        if "measured_bytes" in row:
+            shown["measured_bytes"] = human_bytes(row["measured_bytes"])
+            shown["tokens_per_second"] = f"{row['tokens_per_second']:,.1f}"
+            shown["speed"] = f"{row['tokens_per_second'] / first['tokens_per_second']:.2f}x"
+        rows.append(shown)
+    title = f"State of {report['batch']} row(s), none at {report['context']:,} tokens"
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(titles[name], justify="left" if name == "policy" else "right")
+    for shown in rows:
+        table.add_row(*shown.values())
+    Console().print(table)
+    if report["memory"] is not None:
+        weights = human_bytes(report["weights_bytes"])
+        Console().print(f"in {human_bytes(report['memory'])}, of which weights {weights}")
+
+
 def _is_ours(model: str) -> bool:
     from statewright.checks.load import is_ours
     from statewright.models.load import read_config
@@ -144,20 +241,24 @@ def _config(model: str | None, family: str | None, options: dict[str, Any]) -> A
 
 
 def _peak(model: str | None, family: str | None, options: dict[str, Any]) -> dict[str, int]:
-    from statewright.checks.load import load_any
     from statewright.checks.peak import reading_peak
-    from statewright.hf.families import tiny
 
-    if family is not None:
-        net = tiny(family)
-    else:
-        net = load_any(model, None, options["trust_remote_code"])
+    net = _net(model, family, options)
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         peak = reading_peak(net, options["context"], options["batch"])
     for text in dict.fromkeys(str(w.message) for w in notes if w.category is UserWarning):
         click.echo(f"statewright: {text}", err=True)
     return peak
+
+
+def _net(model: str | None, family: str | None, options: dict[str, Any]) -> Any:
+    from statewright.checks.load import load_any
+    from statewright.hf.families import tiny
+
+    if model is None:
+        return tiny(family)
+    return load_any(model, None, options["trust_remote_code"])
 
 
 def _table(report: dict[str, Any]) -> None:

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from statewright.evaluate.losses import perplexity, token_losses
+from statewright.evaluate.context import ShortContext, build_bound, short_context_losses
+from statewright.evaluate.losses import losses_into, perplexity, token_losses
+from statewright.evaluate.paired import Paired, paired
 from statewright.evaluate.run import Result, evaluate
 
-__all__ = ["Result", "evaluate", "perplexity", "token_losses"]
+__all__ = [
+    "Paired",
+    "Result",
+    "ShortContext",
+    "build_bound",
+    "evaluate",
+    "losses_into",
+    "paired",
+    "perplexity",
+    "short_context_losses",
+    "token_losses",
+]

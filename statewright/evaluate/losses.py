@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightForCausalLM
 from statewright.policies import Policy, build_policy
 
 
-@torch.no_grad()
 def token_losses(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -28,27 +29,48 @@ def token_losses(
     whatever `piece` is. `prefill` as in BoundedCache, for transformers' models. policy None is
     the model as it is; a config's default policy of ours holds unless it is "none".
     """
+    if isinstance(model, StatewrightForCausalLM):
+        return torch.cat(list(_own_losses(model, input_ids, policy, piece)), 1)
+    chosen = build_policy(policy)
+    cache = DynamicCache(config=model.config)
+    cache = cache if chosen is None else BoundedCache(model, chosen, prefill)
+    return torch.cat(list(losses_into(model, input_ids, cache, piece)), 1)
+
+
+@torch.no_grad()
+def losses_into(
+    model: PreTrainedModel, input_ids: Tensor, cache: Cache, piece: int = 1024
+) -> Iterator[Tensor]:
+    """As `token_losses`, piece by piece, of a transformers model into a cache of the caller's.
+
+    The cache may be looked at between the pieces: what it holds then, it would hold token by token.
+    """
+    for begin, end in _pieces(input_ids, piece):
+        out = model(input_ids[:, begin:end], past_key_values=cache, use_cache=True)
+        yield _losses(out.logits, input_ids[:, begin + 1 : end + 1])
+
+
+@torch.no_grad()
+def _own_losses(
+    model: StatewrightForCausalLM, input_ids: Tensor, policy: Policy | str | None, piece: int
+) -> Iterator[Tensor]:
+    state = None
+    for begin, end in _pieces(input_ids, piece):
+        out = model(input_ids[:, begin:end], state=state, policy=policy)
+        state = out.state
+        yield _losses(out.logits, input_ids[:, begin + 1 : end + 1])
+
+
+def _pieces(input_ids: Tensor, piece: int) -> Iterator[tuple[int, int]]:
     B, T = input_ids.shape
     if T < 2:
         raise ValueError(f"token_losses: input_ids is ({B}, {T}), expected at least 2 tokens")
-    ours = isinstance(model, StatewrightForCausalLM)
-    chosen = build_policy(policy)
-    state, cache = None, None
-    if not ours:
-        cache = DynamicCache(config=model.config)
-        cache = cache if chosen is None else BoundedCache(model, chosen, prefill)
-    losses = []
     for begin in range(0, T - 1, piece):
-        end = min(begin + piece, T - 1)
-        ids = input_ids[:, begin:end]
-        if ours:
-            out = model(ids, state=state, policy=policy)
-            state = out.state
-        else:
-            out = model(ids, past_key_values=cache, use_cache=True)
-        logits, targets = out.logits.float(), input_ids[:, begin + 1 : end + 1]
-        losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
-    return torch.cat(losses, 1)
+        yield begin, min(begin + piece, T - 1)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
 
 
 def perplexity(losses: Tensor) -> float:

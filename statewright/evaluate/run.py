@@ -10,19 +10,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from statewright.evaluate.context import (
+    Bound,
+    ShortContext,
+    bound_spec,
+    build_bound,
+    short_context_losses,
+)
 from statewright.evaluate.losses import perplexity, token_losses
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightForCausalLM
-from statewright.policies import Policy, build_policy, policy_spec
+from statewright.policies import build_policy
 from statewright.spec import format_spec
 from statewright.tasks import TASKS, Task, build_task
+from statewright.tasks.base import IGNORED
 
 
 @dataclass(frozen=True)
 class Result:
     """What was asked, as spec strings, and what came out.
 
-    per_sample: 1 or 0 for an answer that was right or wrong, or the mean loss in nats of a window;
+    per_sample: 1 or 0 for an answer that was right or wrong (the share of right ones, if a sample
+    has several), or the mean loss in nats of a window;
     places: where the samples' answers were.
     """
 
@@ -41,15 +50,17 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: Any,
     task: Task | str,
-    policy: Policy | str | None = None,
+    policy: Bound | str = None,
     n: int = 200,
     seed: int = 0,
     prefill: str = "exact",
 ) -> Result:
     """Run a task: greedy answers (metric `accuracy`) or losses (`nats`, `perplexity`).
 
-    Samples run one by one, so that no padding is involved. Raises ValueError for an unknown
-    task, policy or option, and a model that the policy cannot bound.
+    A task on token ids is scored at its targets, in one pass; `chance` stands beside `accuracy`
+    where the task knows it. `policy` may also be the baseline, `context:length=512`. Samples run
+    one by one, so that no padding is involved. Raises ValueError for an unknown task, policy or
+    option, and a model that the policy cannot bound.
     """
     chosen = build_task(task) if isinstance(task, str) else task
     if n < 1:
@@ -58,25 +69,37 @@ def evaluate(
     values = []
     for sample in batch.samples:
         ids = sample.input_ids.to(model.device).unsqueeze(0)
-        if batch.new_tokens:
+        if sample.targets is not None:
+            values.append(_recalled(model, ids, sample.targets, policy, prefill))
+        elif batch.new_tokens:
             text = tokenizer.decode(_continue(model, ids, batch.new_tokens, policy, prefill))
             values.append(float(sample.answer in text))
         else:
-            values.append(float(token_losses(model, ids, policy, prefill).double().mean()))
+            values.append(float(_losses(model, ids, policy, prefill).double().mean()))
     mean = sum(values) / n
     metrics = {"accuracy": mean}
-    if not batch.new_tokens:
+    if (chance := getattr(chosen, "chance", None)) is not None:
+        metrics["chance"] = chance
+    if not batch.new_tokens and batch.samples[0].targets is None:
         metrics = {"nats": mean, "perplexity": perplexity(torch.tensor(values))}
     places = tuple(sample.place for sample in batch.samples)
-    bound = policy_spec(build_policy(policy))
+    bound = bound_spec(build_bound(policy))
     name = _spec_of(chosen)
     return Result(name, chosen.version, bound, n, seed, metrics, tuple(values), places)
 
 
+def _losses(model: PreTrainedModel, ids: Tensor, policy: Bound | str, prefill: str) -> Tensor:
+    if isinstance(short := build_bound(policy), ShortContext):
+        return short_context_losses(model, ids, short.length)
+    return token_losses(model, ids, policy, prefill)
+
+
 def _continue(
-    model: PreTrainedModel, ids: Tensor, count: int, policy: Policy | str | None, prefill: str
+    model: PreTrainedModel, ids: Tensor, count: int, policy: Bound | str, prefill: str
 ) -> Tensor:
     """Greedy new tokens (count,), without stopping early."""
+    if isinstance(short := build_bound(policy), ShortContext):
+        return _continue(model, ids[:, -short.length :], count, "none", prefill)
     options: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count}
     if isinstance(model, StatewrightForCausalLM):
         options["policy"] = policy
@@ -85,6 +108,26 @@ def _continue(
     mask = torch.ones_like(ids)
     out = model.generate(ids, attention_mask=mask, do_sample=False, num_beams=1, **options)
     return out[0, ids.shape[1] :]
+
+
+def _recalled(
+    model: PreTrainedModel, ids: Tensor, targets: Tensor, policy: Bound | str, prefill: str
+) -> float:
+    """The share of targets (T,) that are the most likely next token of ids (1, T)."""
+    if isinstance(build_bound(policy), ShortContext):
+        raise ValueError(f"evaluate: policy={policy!r} cannot score a task at its targets")
+    size = model.config.get_text_config().vocab_size
+    if int(ids.max()) >= size or int(targets.max()) >= size:
+        raise ValueError(f"evaluate: the task's token ids reach beyond the model's {size}")
+    options: dict[str, Any] = {}
+    if isinstance(model, StatewrightForCausalLM):
+        options["policy"] = policy
+    elif (chosen := build_policy(policy)) is not None:
+        options["past_key_values"] = BoundedCache(model, chosen, prefill)
+    logits = model(ids, **options).logits[0]
+    scored = targets != IGNORED
+    right = logits.argmax(-1).cpu()[scored] == targets[scored]
+    return float(right.double().mean())
 
 
 def _spec_of(task: Task) -> str:

@@ -6,7 +6,8 @@ tokens, and the tensors of its cache are measured; two lengths say what grows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from statewright.hf.bridge import kinds_of, read_state
 from statewright.hf.host import RawModel
+from statewright.policies import Eviction, build_policy
+from statewright.state import KVState
 
 _SHORT, _LONG = 8, 12
 _NEVER = 2**40
@@ -41,13 +44,8 @@ def layer_sizes(config: Any, batch: int, dtype: torch.dtype | None = None) -> li
     dtype None is the config's. Our own bookkeeping (positions) is left out: the host's cache does
     not hold it. Raises ValueError for a model whose state cannot be had.
     """
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"), torch.no_grad():
-        # The other implementations of experts look at values, which meta tensors do not have.
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, experts_implementation="batched_mm"
-        ).eval()
-        raw = RawModel(model)
+        raw = RawModel(_without_memory(config, dtype))
         read = [raw(torch.zeros(batch, n, dtype=torch.int64)) for n in (_SHORT, _LONG)]
     if read[0][1] is None:
         raise ValueError(f"{raw.name} returns no cache: its state cannot be measured or passed")
@@ -57,6 +55,68 @@ def layer_sizes(config: Any, batch: int, dtype: torch.dtype | None = None) -> li
     windows = [getattr(layer, "sliding_window", None) for layer in _layers_of(read[0][1])]
     windows += [None] * (len(short) - len(windows))
     return [_layer(a, b, w) for a, b, w in zip(short, long, windows)]
+
+
+def _without_memory(config: Any, dtype: torch.dtype | None) -> Any:
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    config = copy.deepcopy(config)
+    # Some models look for this token among the ids, which have no values here.
+    config.get_text_config(decoder=True).pad_token_id = None
+    with torch.device("meta"):
+        # The other implementations of experts look at values, which meta tensors do not have.
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, experts_implementation="batched_mm"
+        ).eval()
+
+
+@dataclass(frozen=True)
+class BoundedSize:
+    """Bytes: of a model's weights, of one sequence's state under each policy, and without one."""
+
+    weights: int
+    full: int
+    bounded: dict[str, int]
+
+    def largest_batch(self, memory: int, policy: str | None = None) -> int:
+        """Sequences whose states fit beside the weights; activations are not counted."""
+        row = self.full if policy is None else self.bounded[policy]
+        return max(memory - self.weights, 0) // row
+
+
+def bounded_sizes(
+    config: Any, policies: Sequence[str], context: int, dtype: torch.dtype | None = None
+) -> BoundedSize:
+    """What one sequence keeps once every budget is full, and after `context` tokens without one.
+
+    The calculator of arXiv:2401.06104, table 1, from a transformers config alone. Counted as
+    BoundedCache holds it: the budget and one slot more, in every key head, with keys, values,
+    positions (8 bytes) and the policy's scores. Raises ValueError for a spec that is no eviction
+    and a budget in bytes that is too small.
+    """
+    chosen = [(text, build_policy(text)) for text in policies]
+    for text, policy in chosen:
+        if not isinstance(policy, Eviction):
+            raise ValueError(f"policy {text!r} does not bound keys and values")
+    with torch.device("meta"), torch.no_grad():
+        model = _without_memory(config, dtype)
+        weights = sum(t.nbytes for t in model.parameters())
+        _, cache = RawModel(model)(torch.zeros(1, _SHORT, dtype=torch.int64))
+    layers = read_state(cache, config, _SHORT).layers
+    parts = [p for layer in layers for p in (layer if isinstance(layer, tuple) else (layer,))]
+    full = sum(sum(size.at(context).values()) for size in layer_sizes(config, 1, dtype))
+    return BoundedSize(weights, full, {text: _bounded(parts, policy) for text, policy in chosen})
+
+
+def _bounded(parts: Sequence[Any], policy: Eviction) -> int:
+    lists = [part for part in parts if isinstance(part, KVState)]
+    total = sum(part.nbytes for part in parts if not isinstance(part, KVState))
+    for i, part in enumerate(lists):
+        own = policy.for_layer(i, len(lists))
+        slot = own.slot_bytes(part.k, part.v)
+        own = own.in_tokens(slot)
+        # `every` - 1 tokens may wait for their eviction, and the current one needs a slot.
+        total += (own.budget + own.every) * slot + part.seen.nbytes
+    return total
 
 
 def own_layer_sizes(model: Any, batch: int) -> list[LayerSize]:

@@ -15,12 +15,14 @@ from statewright.tasks.base import Batch, Sample, Tokenizer, encode
 class Perplexity:
     """n windows of `length` tokens of the file `text` (arXiv:2401.06104, section 5.1: 4,096).
 
-    seed 0: the windows follow each other from the start, as the paper's chunks; any other seed
-    draws their starts. Raises ValueError if the text is too short.
+    The first `offset` tokens (a table of contents, say) are left out. seed 0: the windows follow
+    each other from there, as the paper's chunks; any other seed draws their starts. Raises
+    ValueError if the text is too short.
     """
 
     length: int = 4096
     text: str = ""
+    offset: int = 0
     version: ClassVar[int] = 1
 
     def draw(self, n: int, seed: int, tokenizer: Tokenizer) -> Batch:
@@ -29,11 +31,14 @@ class Perplexity:
         path = Path(self.text)
         if not path.is_file():
             raise ValueError(f"perplexity: text={self.text!r} is not a file")
-        ids = torch.tensor(encode(tokenizer, path.read_text(encoding="utf-8")))
+        if self.offset < 0:
+            raise ValueError(f"perplexity: offset={self.offset}, expected 0 or more tokens")
+        ids = torch.tensor(encode(tokenizer, path.read_text(encoding="utf-8")))[self.offset :]
         spare = len(ids) - self.length * (n if seed == 0 else 1)
         if self.length < 2 or spare < 0:
             raise ValueError(
                 f"perplexity: {n} windows of {self.length} tokens do not fit into {len(ids)} tokens"
+                f"{f' after the first {self.offset}' if self.offset else ''}"
             )
         starts = torch.arange(n) * self.length
         if seed:
