@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO
@@ -17,6 +17,9 @@ from statewright.token_hash import RollingHash
 
 # Token bytes kept in memory before a log moves to a temporary file.
 _SPOOL_BYTES = 8 * 1024**2
+# Single tokens between snapshots: what a way back reads again at most; the copy that a snapshot
+# makes of a state that is written in place is paid once in so many.
+_SINGLES = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +96,8 @@ class History:
     When the snapshots outgrow `budget` bytes they are thinned to half of it: what stays is spaced
     in proportion to its age, so that going back n tokens costs a replay of about n / constant.
     The oldest (the reach) and the newest stay. A budget below two snapshots keeps the newest
-    alone: then there is no way back.
+    alone: then the way back ends there. Every piece of several tokens is followed by a snapshot,
+    of single ones every 64th.
     """
 
     def __init__(self, start: Snapshot, budget: int) -> None:
@@ -107,28 +111,39 @@ class History:
     def reach(self) -> int:
         return self.snapshots[0].position
 
-    def append(self, ids: np.ndarray, after: Snapshot) -> None:
-        """A piece was read; `after` is where that led."""
+    def append(self, ids: np.ndarray, take: Callable[[], Snapshot]) -> bool:
+        """A piece was read; `take` gives where that led. True if a snapshot holds it now."""
         self.log.append(ids)
+        if ids.shape[1] == 1 and len(self.log.lengths) - self._indices[-1] < _SINGLES:
+            return False
+        after = take()
         self.snapshots.append(after)
         self._indices.append(len(self.log.lengths))
         self._nbytes += after.nbytes
         if self._nbytes > self.budget:
             self._thin()
+        return True
 
-    def rewind(self, to: int) -> tuple[Snapshot, list[np.ndarray]]:
-        """Cut back to `to` tokens: the snapshot to start from and the pieces to read again."""
-        at = max(i for i, s in enumerate(self.snapshots) if s.position <= to)
-        self._keep(list(range(at + 1)))
-        start, first = self.snapshots[at], self._indices[at]
-        pieces, left = [], to - start.position
-        for piece in self.log.pieces(first):
+    def way(self, to: int) -> tuple[Snapshot, list[np.ndarray]]:
+        """The nearest snapshot before `to` tokens, and the pieces to read again from there."""
+        at = self._nearest(to)
+        pieces, left = [], to - self.snapshots[at].position
+        for piece in self.log.pieces(self._indices[at]):
             if left == 0:
                 break
             pieces.append(piece[:, :left])
             left -= pieces[-1].shape[1]
-        self.log.truncate(first)
-        return start, pieces
+        return self.snapshots[at], pieces
+
+    def rewind(self, to: int) -> tuple[Snapshot, list[np.ndarray]]:
+        """As `way`, and what comes after that snapshot is forgotten."""
+        found, at = self.way(to), self._nearest(to)
+        self._keep(list(range(at + 1)))
+        self.log.truncate(self._indices[at])
+        return found
+
+    def _nearest(self, to: int) -> int:
+        return max(i for i, s in enumerate(self.snapshots) if s.position <= to)
 
     def fork(self) -> History:
         other = History.__new__(History)

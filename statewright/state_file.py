@@ -97,12 +97,17 @@ def load_state(
 
 
 def read_state_file(
-    path: str | Path, model: nn.Module | None = None, *, policy: str | None = None
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    policy: str | None = None,
+    any_policy: bool = False,
 ) -> StateFile:
     """Read and verify a state file. Without `model` anything sound is read (to look at it).
 
     Raises ValueError, in one line, for a missing, truncated or altered file, a newer format,
-    and with `model` for another model's state or another policy than the file was made under.
+    and with `model` for another model's state or, without `any_policy`, another policy than the
+    file was made under.
     """
     header, tensors = _read(Path(path))
     if model is not None:
@@ -110,7 +115,7 @@ def read_state_file(
             raise ValueError(
                 f"{path}: the state of another model (config or weights differ from this one's)"
             )
-        if header["policy"] != policy:
+        if header["policy"] != policy and not any_policy:
             raise ValueError(
                 f"{path}: made under policy {header['policy'] or 'none'}, not {policy or 'none'}"
             )

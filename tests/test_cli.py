@@ -13,6 +13,7 @@ from test_train import one_thread  # noqa: F401
 
 import statewright
 from statewright.cli import main, progress
+from statewright.hf import pretrained
 from statewright.state_file import load_state, read_state_file
 
 TEXT = "".join(f"{n} green bottles, standing on a wall; and if one falls, " for n in range(150))
@@ -183,13 +184,15 @@ def test_list_names_everything(run) -> None:
         assert name in ran.out
 
 
-def test_quickstart(home: Path, tmp_path: Path, run) -> None:
+def test_quickstart(home: Path, tmp_path: Path, run, monkeypatch) -> None:
+    absent = pretrained.Packaged("no-such", "no_such", "*.gguf", "smollm")
+    monkeypatch.setitem(pretrained.PRETRAINED, "smollm2-135m", absent)
     target = tmp_path / "quick"
     argv = ["quickstart", "--text", home / "book.txt", "--output-dir", target, "--seconds", "1"]
     ran = run(*argv)
     assert ran.code == 0, ran.err
     assert ran.out.count("identical") == 4 and "DIFFERENT" not in ran.out
-    for part in ("1 train", "2 write", "3 read", "4 go back", "bits per byte"):
+    for part in ("1 train", "2 write", "3 read", "4 go back", "5 bound", "[smollm]"):
         assert part in ran.out
     before = fingerprint(target)
     assert_refused(run(*argv[:2], tmp_path / "none.txt", *argv[3:]), "no such file")
@@ -246,13 +249,13 @@ OPTIONS = {
     "option": (["--hidden-sise", "8"], "--hidden-size"),
     "type": (["--num-steps", "many"], "not a count"),
     "choice": (["--schedule", "linear"], "'cosine'"),
-    "range": (["--learning-rate", "-1"], "learning_rate"),
-    "zero": (["--num-lanes", "0"], "num_lanes"),
-    "width": (["--hidden-size", "0"], "hidden_size"),
+    "range": (["--learning-rate", "-1"], "--learning-rate=-1.0, exp"),
+    "zero": (["--num-lanes", "0"], ": --num-lanes=0"),
+    "width": (["--hidden-size", "0"], ": --hidden-size=0"),
     "share": (["--valid-share", "1"], "valid-share"),
     "dropout": (["--dropout", "2"], "dropout"),
     "tokenizer": (["--tokenizer", "no-such"], "tokenizer"),
-    "conv": (["--conv-kernel", "1"], "conv_kernel"),
+    "conv": (["--conv-kernel", "1"], "--conv-kernel=1"),
     "resume": (["--resume", "--text", "x"], "leave out"),
 }
 

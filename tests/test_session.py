@@ -247,7 +247,7 @@ def test_any_state_file_of_the_model_will_do(tmp_path: Path) -> None:
     model = MODELS["lstm"]
     state = model(text(9, rows=2)).state
     save_state(state, tmp_path / "a.state", model)
-    loaded, straight = Session.load(tmp_path / "a.state", model), Session(model, state)
+    loaded, straight = Session.load(tmp_path / "a.state", model), Session(model, state=state)
     assert loaded.seen == 9 and loaded.logits is None
     assert torch.equal(*(s.feed(text(5, rows=2, seed=1)) for s in (loaded, straight)))
 
@@ -298,12 +298,12 @@ def test_what_is_refused() -> None:
         r"ids is \(2, 4\), expected \(B, T\) = \(1, any\)": lambda: session.feed(text(4, rows=2)),
         "temperature": lambda: fed(model, text(3), []).generate(3, temperature=-1),
         "chunk=0": lambda: Session(model, chunk=0),
-        "batch_size=3": lambda: Session(model, model.init_state(2), batch_size=3),
+        "batch_size=3": lambda: Session(model, state=model.init_state(2), batch_size=3),
     }
     for reason, act in acts.items():
         with pytest.raises(ValueError, match=reason):
             act()
-    assert Session(model, model.init_state(2)).feed(text(4, rows=2)).shape == (2, 257)
+    assert Session(model, state=model.init_state(2)).feed(text(4, rows=2)).shape == (2, 257)
 
 
 def test_a_model_that_raises_changes_nothing() -> None:
@@ -320,8 +320,12 @@ def test_a_model_that_raises_changes_nothing() -> None:
             act()
         assert_same(session, twin)
     hook.remove()
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="id 999 is not in the vocabulary of 257 tokens"):
         session.feed([5, 999])
+    with pytest.raises(ValueError, match="id -1 is not in the vocabulary"):
+        session.feed([5, -1])
+    with pytest.raises(ValueError, match="id 257 is not"):
+        session.feed([256, 257])
     for one in (session, twin):
         one.feed(text(7, seed=2))
     assert_same(session, twin)

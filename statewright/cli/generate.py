@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT
+from statewright.cli.common import COUNT, MODEL
 
 # Tokens after which a character that does not end is taken for garbage.
 _MAX_HELD = 64
 
 
 @click.command()
-@click.argument("model", type=click.Path())
+@click.argument("model", type=MODEL)
 @click.option("--prompt", help="Text to continue.")
 @click.option("--prompt-file", type=click.Path(), help="A text file of any length, read first.")
+@click.option(
+    "--policy",
+    help="Bound the state, e.g. tova:budget=512 or window:budget=1MiB:sinks=4; none lifts the "
+    "config's [default: the state file's, else the config's].",
+)
 @click.option("--load-state", type=click.Path(), help="Continue from a state file.")
+@click.option("--change-policy", is_flag=True, help="Let --policy replace the state file's.")
 @click.option("--save-state", type=click.Path(), help="Write the state at the end.")
 @click.option("--max-new-tokens", type=COUNT, default=200, show_default=True, help="0: only read.")
 @click.option("--temperature", default=0.8, show_default=True, help="0: greedy.")
@@ -34,39 +41,73 @@ _MAX_HELD = 64
     help="Tokens per call while reading; the split points of a state file.",
 )
 def generate(model: str, prompt: str | None, prompt_file: str | None, **options: Any) -> None:
-    """Continue a prompt with MODEL, a directory that `train` wrote.
+    """Continue a prompt with MODEL: a directory, an id, or a name such as smollm2-135m.
 
-    The prompt is streamed through the state, so a whole library costs no more memory than a
-    line. What is written goes to stdout, all else to stderr.
+    The prompt is streamed through the state, so with a recurrent model or under a policy a whole
+    library costs no more memory than a line. What is written goes to stdout, all else to stderr.
     """
     from rich.console import Console
 
     from statewright.cli.common import quiet_libraries
-    from statewright.models import load
-    from statewright.models.tokenizers import saved_tokenizer
-    from statewright.session import Session
 
     quiet_libraries()
-    console = Console(stderr=True)
-    net = load(model)
-    tokenizer = saved_tokenizer(model)
-    chunk = options["chunk"]
-    if options["load_state"]:
-        session = Session.load(options["load_state"], net, chunk=chunk, snapshot_bytes=0)
-        console.print(f"continuing after {session.seen:,} tokens from {options['load_state']}")
-    else:
-        session = Session(net, chunk=chunk, snapshot_bytes=0)
-    _read_all(session, tokenizer, prompt, prompt_file, console)
-    if options["max_new_tokens"]:
-        if session.logits is None:
-            session.feed([_begin_id(tokenizer)])
-        _write(session, tokenizer, prompt if prompt_file is None else None, options)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the config bounds this model by default")
+        warnings.showwarning = lambda message, *where: console.print(f"note: {message}")
+        net, tokenizer = _load(model)
+        session = _session(net, options, console)
+        _read_all(session, tokenizer, prompt, prompt_file, console)
+        if options["max_new_tokens"]:
+            if session.logits is None:
+                session.feed([_begin_id(tokenizer)])
+            _write(session, tokenizer, prompt if prompt_file is None else None, options)
     if options["save_state"]:
         session.save(options["save_state"])
     console.print(
         f"{session.seen:,} tokens seen, state {session.nbytes:,} bytes"
         + (f", saved to {options['save_state']}" if options["save_state"] else "")
     )
+
+
+def _load(path: str) -> tuple[Any, Any]:
+    """The model, ours wherever we can read it and else as transformers runs it, and tokenizer."""
+    from statewright.hf.hub import require_reachable
+    from statewright.hf.loading import load_causal_lm
+    from statewright.models import load
+    from statewright.models.convert import FAMILIES
+    from statewright.models.load import OURS, read_config
+    from statewright.models.tokenizers import load_tokenizer, saved_tokenizer
+
+    if not Path(path).is_dir():
+        require_reachable(path)
+        return load_causal_lm(path), load_tokenizer(path)
+    raw = read_config(Path(path))
+    # A damaged config of a family that we know is refused here; transformers would fill it up with
+    # defaults of billions of weights.
+    ours = raw.get("model_type") in (None, OURS, *FAMILIES)
+    return (load if ours else load_causal_lm)(path), saved_tokenizer(path)
+
+
+def _session(net: Any, options: dict[str, Any], console: Any) -> Any:
+    from statewright.policies import policy_spec
+    from statewright.session import Session
+
+    given, common = options["policy"], {"chunk": options["chunk"], "snapshot_bytes": 0}
+    if options["load_state"]:
+        change = options["change_policy"]
+        path = options["load_state"]
+        session = Session.load(path, net, given, change_policy=change, **common)
+        under = "" if session.policy is None else f", under {policy_spec(session.policy)}"
+        console.print(f"continuing after {session.seen:,} tokens from {path}{under}")
+        return session
+    if options["change_policy"]:
+        raise ValueError("--change-policy needs --load-state")
+    session = Session(net, given, **common)
+    if session.policy is not None:
+        why = " (the config's default; --policy none lifts it)" if given is None else ""
+        console.print(f"policy {policy_spec(session.policy)}{why}")
+    return session
 
 
 def _read_all(

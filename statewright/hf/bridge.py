@@ -7,6 +7,7 @@ every cache written is a fresh one: forks, snapshots and files of States need no
 |---|---|
 | linear-attention layer: `recurrent_states[i]`, `conv_states[i]` | `MatrixState` S, taps in extra |
 | attention layer, full or sliding: `keys`, `values` | `KVState` |
+| a layer of a BoundedCache | its `KVState`, positions and scores included |
 | a layer with both, or with several | a tuple of states |
 | RWKV's list of five tensors, xLSTM's and MiniMax's own caches | one state per layer |
 | anything else | `OpaqueState`: sized, saved, forked and restored, not interpreted |
@@ -14,6 +15,7 @@ every cache written is a fresh one: forks, snapshots and files of States need no
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from statewright.hf.bounded import BoundedCache, BoundedLayer
 from statewright.hf.opaque import read_opaque, tensors_in, write_opaque
 from statewright.state import KVState, MatrixState, ModelState, OpaqueState, State, VectorState
 
@@ -68,7 +71,8 @@ def read_state(cache: Any, config: Any, seen: int | Tensor | None = None) -> Mod
         return ModelState(layers=_read_xlstm(cache, seen), seen=seen)
     if hasattr(cache, "linear_cache"):
         return ModelState(layers=_read_minimax(cache, seen), seen=seen)
-    if type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= _KNOWN_LAYERS:
+    known = type(cache) is DynamicCache and {type(la) for la in cache.layers} <= _KNOWN_LAYERS
+    if known or isinstance(cache, BoundedCache):
         value_first = _model_type(config) in _VALUE_FIRST
         layers = tuple(_read_layer(layer, seen, value_first) for layer in cache.layers)
         return ModelState(layers=layers, seen=seen)
@@ -78,11 +82,14 @@ def read_state(cache: Any, config: Any, seen: int | Tensor | None = None) -> Mod
 def write_state(state: ModelState, model: nn.Module, kind: Any = None) -> Any:
     """A fresh cache for `model` that holds the state; None for a state that has seen nothing.
 
-    `kind` is any filled cache of this model with as many rows: its structure is what an
-    OpaqueState is restored into. Raises ValueError where the state does not fit the model.
+    `kind`: any filled cache of this model with as many rows, the structure that an OpaqueState is
+    restored into; or an unused BoundedCache, to be copied and filled (the lists are then bounded
+    by its policy, and a state that has seen nothing gives an empty one). Raises ValueError where
+    the state does not fit the model.
     """
+    bounded = copy.deepcopy(kind) if isinstance(kind, BoundedCache) else None
     if not state.layers:
-        return None
+        return bounded
     layers = state.layers
     if isinstance(layers[0], OpaqueState) and len(layers) == 1 and layers[0].extra:
         if kind is None:
@@ -94,15 +101,20 @@ def write_state(state: ModelState, model: nn.Module, kind: Any = None) -> Any:
             f"write_state: the state has {len(layers)} layers, the model {config.num_hidden_layers}"
         )
     writer = _WRITERS.get(config.model_type)
-    if writer is not None:
+    if writer is not None and bounded is None:
         return writer(layers, model)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if bounded is None else bounded
     value_first = config.model_type in _VALUE_FIRST
     if not cache.layers:
         cache.layers = [DynamicLayer() for _ in layers]
     for target, layer in zip(cache.layers, layers, strict=True):
         _write_layer(target, layer, value_first)
     return cache
+
+
+def has_own_cache(model: nn.Module) -> bool:
+    """Whether the model takes no other cache than its family's own."""
+    return _model_type(model.config) in _WRITERS
 
 
 def kinds_of(state: State) -> dict[str, int]:
@@ -184,7 +196,9 @@ def _read_layer(layer: Any, seen: Tensor, value_first: bool) -> State | tuple[St
             )
             conv = layer.conv_states[i] if layer.is_conv_states_initialized[i] else None
             parts.append(_linear(recurrent, conv, seen, value_first))
-    if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.keys.numel():
+    if isinstance(layer, BoundedLayer) and layer.state is not None:
+        parts.append(layer.state)
+    elif isinstance(layer, DynamicLayer) and layer.keys is not None and layer.keys.numel():
         parts.append(_key_values(layer.keys, layer.values, seen))
     if not parts:
         return OpaqueState(seen=seen)
@@ -255,6 +269,9 @@ def _recurrent(part: State, value_first: bool) -> Tensor | None:
 
 
 def _write_key_values(target: Any, part: KVState) -> None:
+    if isinstance(target, BoundedLayer):
+        target.state, target.num_columns = part, int(part.seen.max())
+        return
     DynamicLayer.lazy_initialization(target, part.k, part.v)
     if isinstance(target, DynamicSlidingWindowLayer):
         target._sliding_window_tensor = target._sliding_window_tensor.to(part.k.device)

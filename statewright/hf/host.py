@@ -17,8 +17,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from statewright.hf.bridge import read_state, write_state
-from statewright.state import ModelState, cat
+from statewright.hf.bounded import BoundedCache
+from statewright.hf.bridge import has_own_cache, read_state, write_state
+from statewright.policies import Eviction, Policy, build_policy, policy_spec
+from statewright.state import KVState, ModelState, OpaqueState, State, cat
 
 # Error allowed, as a share of the error when the state is ignored; looser where rounding is coarse.
 WRONG = 1e-3
@@ -111,6 +113,7 @@ class ForeignModel:
     def __init__(self, model: nn.Module) -> None:
         self.raw = RawModel(model)
         self.model, self.config = model, model.config
+        self._bounded: dict[Policy, BoundedCache] = {}
 
     def eval(self) -> Self:
         self.model.eval()
@@ -127,33 +130,53 @@ class ForeignModel:
         device = next(self.model.parameters()).device
         return ModelState(seen=torch.zeros(batch_size, dtype=torch.int64, device=device))
 
+    def checked(self, policy: Policy | str | None) -> Eviction | None:
+        """The policy to give to a call; ValueError for one that this model cannot be under."""
+        chosen = build_policy(policy)
+        if chosen is not None:
+            self._empty(chosen)
+        return chosen
+
     def __call__(
-        self, ids: Tensor, state: ModelState | None = None, logits_to_keep: int = 0
+        self,
+        ids: Tensor,
+        state: ModelState | None = None,
+        logits_to_keep: int = 0,
+        policy: Policy | str | None = None,
     ) -> HostOutput:
-        """ids (B, T) -> logits of the last `logits_to_keep` tokens (0: all), and the new state."""
+        """ids (B, T) -> logits of the last `logits_to_keep` tokens (0: all), and the new state.
+
+        policy: an Eviction that bounds the attention layers' lists, exactly as token by token
+        (see `BoundedCache`); a state once bounded must go on under a policy.
+        """
         state = self.init_state(ids.shape[0]) if state is None else state
+        policy = build_policy(policy)
         if not state.layers:
             self.feeding  # noqa: B018  a model that cannot be continued is refused at once
-            return self._call(ids, state, logits_to_keep)
+            return self._call(ids, state, policy, logits_to_keep)
         if self.feeding.by_row and ids.shape[0] > 1:
-            rows = [self._pieces(ids[i : i + 1], state.rows(i)) for i in range(ids.shape[0])]
+            each = [(ids[i : i + 1], state.rows(i)) for i in range(ids.shape[0])]
+            rows = [self._pieces(row, alone, policy) for row, alone in each]
             logits = torch.cat([out.logits for out in rows])
             out = HostOutput(logits, cat([out.state for out in rows]))
         else:
-            out = self._pieces(ids, state)
+            out = self._pieces(ids, state, policy)
         return HostOutput(out.logits[:, -logits_to_keep:], out.state)
 
-    def _pieces(self, ids: Tensor, state: ModelState) -> HostOutput:
+    def _pieces(self, ids: Tensor, state: ModelState, policy: Policy | None) -> HostOutput:
         size = 1 if self.feeding.by_token else max(ids.shape[1], 1)
         outputs = []
         for piece in ids.split(size, dim=1):
-            out = self._call(piece, state)
+            out = self._call(piece, state, policy)
             outputs.append(out.logits)
             state = out.state
         return HostOutput(torch.cat(outputs, 1), state)
 
-    def _call(self, ids: Tensor, state: ModelState, keep: int = 0) -> HostOutput:
-        cache = write_state(state, self.model, self._kind(state))
+    def _call(
+        self, ids: Tensor, state: ModelState, policy: Policy | None, keep: int = 0
+    ) -> HostOutput:
+        kind = self._kind(state) if policy is None else self._empty(policy)
+        cache = write_state(state, self.model, kind)
         logits, cache = self.raw(ids, cache, state.seen, keep=keep)
         return HostOutput(logits, read_state(cache, self.config, state.seen + ids.shape[1]))
 
@@ -162,17 +185,44 @@ class ForeignModel:
             return None
         return self._read_one(state.batch_size)
 
+    def _empty(self, policy: Policy) -> BoundedCache:
+        """An unused BoundedCache, made once: what it looks for in the model takes milliseconds."""
+        if policy not in self._bounded:
+            self._bounded[policy] = self._bounded_by(policy)
+        return self._bounded[policy]
+
+    def _bounded_by(self, policy: Policy) -> BoundedCache:
+        label = f"policy {policy_spec(policy)}"
+        if not isinstance(policy, Eviction):
+            raise ValueError(
+                f"{label}: {self.raw.name} is a transformers model, and only policies that evict "
+                "can act on its state; convert the model first: statewright convert"
+            )
+        if self._is_opaque or has_own_cache(self.model):
+            raise ValueError(
+                f"{label}: {self.raw.name} has no lists of keys and values that we can bound"
+            )
+        if KVState not in self._kinds:
+            raise ValueError(
+                f"{label}: {policy.label} bounds lists of keys and values, but {self.raw.name} "
+                "has none: its state does not grow"
+            )
+        return BoundedCache(self.model, policy)
+
     @torch.no_grad()
     def _read_one(self, batch_size: int) -> Any:
         return self.raw(self.raw.random_ids(batch_size, 1))[1]
 
     @cached_property
+    def _kinds(self) -> list[type[State]]:
+        """What this model's state is made of."""
+        layers = read_state(self._read_one(1), self.config, 1).layers
+        return [type(part) for la in layers for part in (la if isinstance(la, tuple) else (la,))]
+
+    @property
     def _is_opaque(self) -> bool:
         """Whether this model's cache is not decoded, so that its structure must be made anew."""
-        from statewright.state import OpaqueState
-
-        layers = read_state(self._read_one(1), self.config, 1).layers
-        return len(layers) == 1 and isinstance(layers[0], OpaqueState)
+        return self._kinds == [OpaqueState]
 
     @cached_property
     def feeding(self) -> Feeding:

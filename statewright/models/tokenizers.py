@@ -6,10 +6,13 @@ read them back. Any other Hugging Face tokenizer works in their place.
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from statewright.hf.hub import require_reachable
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
@@ -49,10 +52,12 @@ def load_tokenizer(name: str, text: str = "") -> PreTrainedTokenizerBase:
         return saved_tokenizer(name)
     if Path(name).exists():
         raise ValueError(f"tokenizer {name!r}: expected bytes, characters, a directory or an id")
+    close = difflib.get_close_matches(name, ["bytes", "characters"], n=1, cutoff=0.7)
     try:
+        require_reachable(name)
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = f"did you mean {close[0]!r}?" if close else str(error).splitlines()[0]
         raise ValueError(
             f"tokenizer {name!r} is neither bytes, characters, a directory nor an id ({reason})"
         ) from error
