@@ -1,0 +1,207 @@
+"""`statewright diagnose`: is the memory of a recurrent model healthy, and if not, what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from statewright.cli.common import COUNT, MODEL
+
+_STYLES = {"healthy": "green", "collapse": "bold red", "amnesia": "bold red", "data": "yellow"}
+_DEFAULT_LENGTH = 64 * 1024
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option("--text", required=True, type=click.Path(), help="A text the model should know.")
+@click.option("--length", type=COUNT, help="Tokens to read [default: 64k, or the whole text].")
+@click.option("--train-length", type=COUNT, help="Tokens of one training text, if not recorded.")
+@click.option("--rows", type=COUNT, default=1, show_default=True, help="Places read side by side.")
+@click.option(
+    "--prompts",
+    default="text,newlines,random,passkey",
+    show_default=True,
+    help="What to read; the text decides, the others are witnesses.",
+)
+@click.option("--policy", help="Read again under this policy, e.g. forgetmore:decay=0.99.")
+@click.option("--report", type=click.Path(), help="Write one self-contained page to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def diagnose(model: str, text: str, policy: str | None, report: str | None, **options: Any) -> None:
+    """Say whether MODEL forgets too little, too much, or reads on for ever.
+
+    Losses by position, and the state of every recurrent layer and head on the way: healthy,
+    collapse (does not forget), amnesia (forgets too fast), or a shift of data or positions.
+    """
+    from rich.console import Console
+
+    from statewright.cli.common import quiet_libraries
+    from statewright.diagnose.train_length import train_length_of
+    from statewright.models.tokenizers import saved_tokenizer
+    from statewright.policies import build_policy
+
+    quiet_libraries()
+    build_policy(policy)  # a mistyped one is refused before anything is loaded
+    prompts = [name.strip() for name in options["prompts"].split(",") if name.strip()]
+    net = load_model(model)
+    train_length = train_length_of(options["train_length"], net.config, model)
+    tokenizer = saved_tokenizer(model)
+    ids = _ids(text, tokenizer, options["length"], options["rows"])
+    runs = [None] if policy is None else [None, policy]
+    with _bar(Console(stderr=True), ids.shape[1] * len(prompts) * len(runs)) as progress:
+        found = [
+            _diagnose(net, ids, train_length, tokenizer, prompts, run, model, progress)
+            for run in runs
+        ]
+    record = as_record(found, {"text": Path(text).name, "rows": options["rows"]})
+    if report is not None:
+        from statewright.report.diagnosis import page
+
+        Path(report).write_text(page(record), encoding="utf-8")
+    if options["as_json"]:
+        click.echo(json.dumps(record, indent=1))
+        return
+    for diagnosis in found:
+        show(Console(), diagnosis)
+    _advise(model, text, found[-1], report)
+
+
+def load_model(model: str) -> Any:
+    """Ours, or converted to ours where we know the family (its gates are seen then), or a host."""
+    from statewright.checks.load import load_any
+    from statewright.models import load
+    from statewright.models.convert import FAMILIES
+    from statewright.models.load import read_config
+
+    if (Path(model) / "config.json").is_file():
+        kind = read_config(Path(model)).get("model_type")
+        if kind in FAMILIES:
+            try:
+                return load(model, "float32")
+            except ValueError as error:
+                click.echo(f"read through transformers, its gates unseen ({error})", err=True)
+    return load_any(model)
+
+
+def _ids(text: str, tokenizer: Any, length: int | None, num_rows: int) -> Any:
+    """(rows, length + 1): the last token is only predicted."""
+    from statewright.diagnose.diagnosis import rows_of
+    from statewright.diagnose.prompts import text_ids
+
+    if num_rows < 1:
+        raise ValueError(f"--rows {num_rows}: expected at least 1")
+    wanted = (length or _DEFAULT_LENGTH) + 1
+    tokens = text_ids(text, tokenizer, wanted if num_rows == 1 else None)
+    if length is None:
+        wanted = min(wanted, len(tokens) // num_rows)
+    elif num_rows * wanted > len(tokens):
+        raise ValueError(
+            f"{text} has {len(tokens):,} tokens, fewer than {num_rows} x {length:,} + {num_rows}; "
+            "give a smaller --length, or none to read what there is"
+        )
+    return rows_of(tokens, wanted, num_rows)
+
+
+def _diagnose(
+    net: Any,
+    ids: Any,
+    train_length: int,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    policy: str | None,
+    name: str,
+    progress: Any,
+) -> Any:
+    from statewright.diagnose import diagnose as run
+
+    return run(net, ids, train_length, tokenizer, prompts, policy, name, progress)
+
+
+def as_record(found: Sequence[Any], about: dict[str, Any]) -> dict[str, Any]:
+    """What --json prints and the page is made of."""
+    import torch
+    import transformers
+
+    from statewright import __version__
+
+    versions = {
+        "statewright": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {"format": 1, "versions": versions, **about, "runs": [d.as_dict() for d in found]}
+
+
+@contextmanager
+def _bar(console: Any, total: int) -> Iterator[Any]:
+    """Yields `progress(prompt, tokens)` for a bar over all tokens of all prompts."""
+    from statewright.cli.progress import reading_bar
+
+    seen: dict[str, int] = {}
+    with reading_bar(console, total) as advance:
+
+        def progress(prompt: str, tokens: int) -> None:
+            seen[prompt] = seen.get(prompt, 0) + tokens
+            advance(tokens, sum(seen.values()))
+
+        yield progress
+
+
+def show(console: Any, diagnosis: Any) -> None:
+    """The verdict in words, the loss by position and the table of the prompts."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    reading, verdict = diagnosis.text.reading, diagnosis.verdict
+    under = "" if reading.policy == "none" else f", under {reading.policy}"
+    style = _STYLES[verdict.name.split()[0]]
+    console.print(
+        f"[{style}]{verdict.name}[/{style}]  {escape(diagnosis.model)}{escape(under)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(diagnosis.text.words, markup=False, highlight=False)
+    table = Table(title="loss by position, nats per token", title_justify="left")
+    for column in ("tokens", "read on", "from an empty state"):
+        table.add_column(column, justify="right")
+    for bucket in reading.inside:
+        table.add_row(f"{bucket.end:,}", "", f"{bucket.nats:.2f}")
+    fresh = {c.begin: f"{c.fresh:.2f}" for c in reading.comparisons}
+    for bucket in reading.buckets[1:]:
+        table.add_row(f"{bucket.end:,}", f"{bucket.nats:.2f}", fresh.get(bucket.begin, ""))
+    console.print(table)
+    console.print(_prompts(diagnosis))
+
+
+def _prompts(diagnosis: Any) -> Any:
+    from rich.table import Table
+
+    from statewright.diagnose.verdict import unforgetting
+
+    table = Table(title="prompts", title_justify="left")
+    for column in ("prompt", "in window", "worst", "safe up to", "heads that do not forget"):
+        table.add_column(column, justify="left" if column == "prompt" else "right")
+    table.add_column("verdict")
+    for examined in (diagnosis.text, *diagnosis.others):
+        reading, verdict = examined.reading, examined.verdict
+        heads = sum(len(layer.growth) for layer in reading.layers)
+        table.add_row(
+            examined.prompt,
+            f"{reading.in_window:.2f}",
+            f"{verdict.worst:.2f}x",
+            f"{verdict.safe_length:,}" if verdict.cause else "all",
+            f"{len(unforgetting(reading))} of {heads}",
+            verdict.name,
+        )
+    return table
+
+
+def _advise(model: str, text: str, diagnosis: Any, report: str | None) -> None:
+    if diagnosis.verdict.name.startswith("collapse"):
+        click.echo(f"next: statewright repair {model} --text {text} --output-dir fixed/")
+    if report is not None:
+        click.echo(f"report: {report}")
