@@ -28,6 +28,11 @@ MIXERS = [
     "mamba:state_size=3",
     "attention:num_heads=4:num_kv_heads=2:head_dim=4",
     "attention:num_heads=3:window=6:head_dim=4:qk_norm=true:qkv_bias=true",
+    "s4:state_size=6",
+    "s4d:state_size=4",
+    "h3:state_size=4:head_dim=2:shift_size=5",
+    "hyena:filter_length=64",
+    "aaren:num_heads=3",
 ]
 SCANNED = [m for m in MIXERS if "min" in m]
 MATRIX = [m for m in MIXERS if m.startswith(("mamba", "gla"))]

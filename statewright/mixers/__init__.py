@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from statewright import spec
+from statewright.mixers.aaren import Aaren
 from statewright.mixers.attention import Attention
 from statewright.mixers.base import Mixer, VectorMixer
 from statewright.mixers.conv import CausalConv
 from statewright.mixers.gla import GLA
 from statewright.mixers.gru import GRU, LSTM
+from statewright.mixers.h3 import H3
+from statewright.mixers.hyena import Hyena
 from statewright.mixers.mamba import Mamba
 from statewright.mixers.mamba2 import Mamba2
 from statewright.mixers.mingru import MinGRU
 from statewright.mixers.minlstm import MinLSTM
+from statewright.mixers.s4 import S4
+from statewright.mixers.s4d import S4D
 
 MIXERS: dict[str, type[Mixer]] = {
     "mingru": MinGRU,
@@ -22,6 +27,11 @@ MIXERS: dict[str, type[Mixer]] = {
     "gla": GLA,
     "mamba": Mamba,
     "attention": Attention,
+    "s4": S4,
+    "s4d": S4D,
+    "h3": H3,
+    "hyena": Hyena,
+    "aaren": Aaren,
 }
 
 
@@ -33,10 +43,15 @@ def build_mixer(text: str, hidden_size: int) -> Mixer:
 __all__ = [
     "GLA",
     "GRU",
+    "H3",
     "LSTM",
     "MIXERS",
+    "S4",
+    "S4D",
+    "Aaren",
     "Attention",
     "CausalConv",
+    "Hyena",
     "Mamba",
     "Mamba2",
     "MinGRU",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from fractions import Fraction
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,16 @@ from torch import Tensor, nn
 
 from statewright.mixers.conv import CausalConv
 from statewright.mixers.matrix import MatrixMixer, ScanInputs
+from statewright.mixers.resize import (
+    after,
+    copy_rest,
+    in_groups,
+    key_energy,
+    scaled,
+    share_of,
+    sources,
+    take,
+)
 
 _FEATURES = {"none": lambda x: x, "relu": F.relu, "elu": lambda x: F.elu(x) + 1, "silu": F.silu}
 
@@ -22,6 +33,10 @@ class GLA(MatrixMixer):
     [q | k | v], optional feature map on q and k. Projections start Xavier-uniform with gain
     2^-2.5, as the authors' (flash-linear-attention's model classes no longer do).
     """
+
+    GROWTHS = ("zero", "fresh", "inherit", "as-released")
+    RESETS_NORM = ("fresh", "as-released")
+    SHRINKS = ("key", "heads")
 
     def __init__(
         self,
@@ -89,3 +104,113 @@ class GLA(MatrixMixer):
         if rest[1] is not None:
             y = y * F.silu(rest[1])
         return self.o_proj(y)
+
+    def grown(self, factor: Fraction, init: str) -> dict[str, Any]:
+        """Fewer heads, or with `zero` more keys per head, for the same state."""
+        if init != "zero":
+            heads = Fraction(self.num_heads) / factor
+            if heads.denominator != 1:
+                raise ValueError(
+                    f"gla: {float(factor):g} does not divide {self.num_heads} heads, which "
+                    f"{init!r} merges; init='zero' widens the keys instead"
+                )
+            return {"num_heads": int(heads)}
+        if not self._linear_queries:
+            raise ValueError(
+                "gla: zero needs queries without convolution and feature map, or it would not "
+                f"preserve the function; expected one of {', '.join(self.GROWTHS[1:])}"
+            )
+        keys = scaled("gla", "keys", self.keys, factor)
+        if keys % self.num_heads:
+            raise ValueError(f"gla: {self.num_heads} heads do not divide {keys} keys")
+        return {"expand_k": share_of("gla", "keys", keys, self.hidden_size)}
+
+    @property
+    def _linear_queries(self) -> bool:
+        return self.conv is None and self.feature_map == "none"
+
+    def inherit(self, old: GLA, init: str) -> None:
+        """Merge heads (StateX, 2026.findings-acl.1073), or widen keys.
+
+        fresh, as-released: the paper's, one new mixer with fewer heads (and the norm before it
+        reset); nothing of `old` is used. inherit: every weight kept, the head norm's repeated.
+        Neither preserves the function: the old heads' states are the diagonal blocks of the new
+        one, but every query now also reads the other blocks. zero (ours): more keys per head,
+        their queries at 0; preserves the function, but costs parameters.
+        """
+        if init == "inherit":
+            copy_rest(self, old, "g_norm.")
+            take(
+                self.g_norm.weight,
+                old.g_norm.weight,
+                torch.arange(self.value_size) % old.value_size,
+            )
+        elif init == "zero":
+            self._take(old, *sources(old.key_size, self.key_size, init))
+
+    @torch.no_grad()
+    def _take(self, old: GLA, k: Tensor, q: Tensor) -> None:
+        """Rows of q, k and the gate from `old`; o is divided by sqrt(K), so old q grow with it."""
+        copy_rest(self, old, "q_proj.", "k_proj.", "gk_proj.1.", "conv.")
+        k, q = (in_groups(source, self.num_heads, old.key_size) for source in (k, q))
+        take(self.q_proj.weight, old.q_proj.weight, q)
+        take(self.k_proj.weight, old.k_proj.weight, k)
+        take(self.gk_proj[1].weight, old.gk_proj[1].weight, k)
+        take(self.gk_proj[1].bias, old.gk_proj[1].bias, k)
+        if self.conv is not None:
+            v = 2 * old.keys + torch.arange(self.values)
+            channels = torch.cat([q, after(old.keys, k), v])
+            take(self.conv.weight, old.conv.weight, channels)
+            take(self.conv.bias, old.conv.bias, channels)
+        if self._linear_queries:
+            self.q_proj.weight *= (self.key_size / old.key_size) ** 0.5
+
+    def shrunk(self, factor: Fraction, part: str) -> dict[str, Any]:
+        if part == "key":
+            keys = self.num_heads * scaled("gla", "keys per head", self.key_size, factor)
+            return {"expand_k": share_of("gla", "keys", keys, self.hidden_size)}
+        heads = scaled("gla", "heads", self.num_heads, factor)
+        return {
+            "num_heads": heads,
+            "expand_k": share_of("gla", "keys", heads * self.key_size, self.hidden_size),
+            "expand_v": share_of("gla", "values", heads * self.value_size, self.hidden_size),
+        }
+
+    @torch.no_grad()
+    def energy(self, x: Tensor, part: str) -> Tensor:
+        """Of keys as `key_energy`; of heads the mean square of what they add to the output."""
+        if part == "key":
+            return key_energy(self, x)
+        added = []
+        hook = self.o_proj.register_forward_pre_hook(lambda module, args: added.append(args[0]))
+        try:
+            self(x)
+        finally:
+            hook.remove()
+        heads = added[0].unflatten(-1, (self.num_heads, -1))
+        weight = self.o_proj.weight.unflatten(-1, (self.num_heads, -1))
+        outputs = torch.einsum("bthv,dhv->bthd", heads, weight)
+        return outputs.square().sum(-1).mean((0, 1)).unsqueeze(0)
+
+    def keep(self, old: GLA, kept: Tensor, part: str) -> None:
+        """Fewer keys per head, or fewer heads. Where queries cannot be rescaled, the head norm
+        makes up for it."""
+        if part == "key":
+            self._take(old, kept, kept)
+            return
+        keys = torch.arange(old.keys).unflatten(0, (old.num_heads, -1))[kept[0]].flatten()
+        values = torch.arange(old.values).unflatten(0, (old.num_heads, -1))[kept[0]].flatten()
+        copy_rest(
+            self, old, "q_proj.", "k_proj.", "gk_proj.1.", "v_proj.", "g_proj.", "o_", "conv."
+        )
+        for name in ("q_proj", "k_proj", "v_proj", "g_proj"):
+            mine, its = getattr(self, name), getattr(old, name)
+            if mine is not None:
+                take(mine.weight, its.weight, values if name in ("v_proj", "g_proj") else keys)
+        take(self.gk_proj[1].weight, old.gk_proj[1].weight, keys)
+        take(self.gk_proj[1].bias, old.gk_proj[1].bias, keys)
+        take(self.o_proj.weight.T, old.o_proj.weight.T, values)
+        if self.conv is not None:
+            channels = torch.cat([keys, old.keys + keys, 2 * old.keys + values])
+            take(self.conv.weight, old.conv.weight, channels)
+            take(self.conv.bias, old.conv.bias, channels)

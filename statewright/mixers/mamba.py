@@ -32,6 +32,7 @@ class Mamba(MatrixMixer):
     value_size = 1
     GROWTHS = ("zero", "fresh", "copy", "zero-zero")
     RESETS_NORM = ()
+    SHRINKS = ("key",)
     has_delta = True
 
     def __init__(
@@ -121,11 +122,11 @@ class Mamba(MatrixMixer):
         take(self.x_proj.weight, old.x_proj.weight, torch.cat([torch.arange(self.dt_rank), B, C]))
         take(self.A_log.T, old.A_log.T, decays)
 
-    def shrunk(self, factor: Fraction) -> dict[str, Any]:
+    def shrunk(self, factor: Fraction, part: str) -> dict[str, Any]:
         return {"state_size": scaled("mamba", "keys", self.key_size, factor)}
 
-    def energy(self, x: Tensor) -> Tensor:
+    def energy(self, x: Tensor, part: str) -> Tensor:
         return key_energy(self, x)
 
-    def keep(self, old: Mamba, kept: Tensor) -> None:
+    def keep(self, old: Mamba, kept: Tensor, part: str) -> None:
         self._take(old, *[kept.flatten()] * 3)

@@ -40,6 +40,7 @@ class Mamba2(MatrixMixer):
 
     GROWTHS = ("zero", "fresh", "as-released", "copy", "zero-zero")
     RESETS_NORM = ()
+    SHRINKS = ("key",)
 
     has_delta = True
 
@@ -140,11 +141,11 @@ class Mamba2(MatrixMixer):
         take(self.conv.weight, old.conv.weight, channels, zeros=False)
         take(self.conv.bias, old.conv.bias, channels)
 
-    def shrunk(self, factor: Fraction) -> dict[str, Any]:
+    def shrunk(self, factor: Fraction, part: str) -> dict[str, Any]:
         return {"state_size": scaled("mamba2", "keys", self.key_size, factor)}
 
-    def energy(self, x: Tensor) -> Tensor:
+    def energy(self, x: Tensor, part: str) -> Tensor:
         return key_energy(self, x)
 
-    def keep(self, old: Mamba2, kept: Tensor) -> None:
+    def keep(self, old: Mamba2, kept: Tensor, part: str) -> None:
         self._take(old, kept, kept)

@@ -44,6 +44,7 @@ class MinimalMixer(VectorMixer):
 
     GROWTHS = ("zero", "fresh")
     RESETS_NORM = ()
+    SHRINKS = ("key",)
 
     def __init__(
         self,
@@ -153,18 +154,18 @@ class MinimalMixer(VectorMixer):
         if self.out_proj.bias is not None:
             self.out_proj.bias.copy_(torch.zeros(self.hidden_size) if bias is None else bias)
 
-    def shrunk(self, factor: Fraction) -> dict[str, Any]:
+    def shrunk(self, factor: Fraction, part: str) -> dict[str, Any]:
         return self.grown(factor, "zero")
 
     @torch.no_grad()
-    def energy(self, x: Tensor) -> Tensor:
+    def energy(self, x: Tensor, part: str) -> Tensor:
         """E[h^2] times the squared length of what the channel adds to: (1, inner)."""
         log_a, b = self.gates(x)
         h, _ = ops.vector_scan(log_a, b, self.init_state(x.shape[0]).h)
         reach = 1.0 if self.out_proj is None else self.out_proj.weight.square().sum(0)
         return (h.square().mean((0, 1)) * reach).unsqueeze(0)
 
-    def keep(self, old: MinimalMixer, kept: Tensor) -> None:
+    def keep(self, old: MinimalMixer, kept: Tensor, part: str) -> None:
         self._take(old, *[kept.flatten()] * 2)
 
 

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+IGNORED = -100
+
 
 class Tokenizer(Protocol):
     """What a task needs of a tokenizer; every Hugging Face one has it."""
@@ -17,11 +19,13 @@ class Tokenizer(Protocol):
 @dataclass(frozen=True)
 class Sample:
     """input_ids (T,) int64; answer: the text that must be in the continuation ("" for none);
-    place: where in the input it hides, 0 the start, 1 the end."""
+    place: where in the input it hides, 0 the start, 1 the end; targets (T,): the right next token
+    where it is scored, -100 elsewhere, for tasks on token ids."""
 
     input_ids: Tensor
     answer: str = ""
     place: float = 0.0
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,210 @@
+"""`statewright study`: the experiments of the minimal-RNN paper, each a file of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from statewright.cli.common import options_of
+from statewright.studies.settings import (
+    CharLMSettings,
+    ChomskySettings,
+    ListOpsSettings,
+    SelectiveCopySettings,
+    TrainCostSettings,
+)
+
+_TRAINING = {
+    "hidden_size": "Width.",
+    "expansion": "State over width, minimal RNNs.",
+    "dropout": "Dropout.",
+    "num_steps": "Optimizer steps.",
+    "batch_size": "Rows per step.",
+    "learning_rate": "AdamW's, constant.",
+    "weight_decay": "AdamW's, on matrices only.",
+    "clip": "Largest gradient norm.",
+    "eval_every": "Steps between measurements.",
+    "save_every": "Steps between checkpoints of a run.",
+    "num_eval": "Held-out samples.",
+    "stop_at": "End a run at this held-out accuracy.",
+}
+
+
+@click.group()
+def study() -> None:
+    """Repeat the experiments of "Were RNNs All We Needed?", at a scale for 2 cores or the paper's.
+
+    Results go to one JSON file; what it holds is not run again, so an interrupted study goes on
+    where it was. Other settings need another file.
+    """
+
+
+def _common(command: Callable) -> Callable:
+    options = (
+        click.option("--output", required=True, type=click.Path(), help="The JSON file."),
+        click.option("--figure", type=click.Path(), help="Also draw it: .png, .svg or .pdf."),
+        click.option("--system", multiple=True, help="e.g. mingru/3: a name and a depth; repeat."),
+        click.option("--seed", multiple=True, type=int, default=[0], show_default=True),
+        click.option("--paper", is_flag=True, help="The paper's sizes, where not said otherwise."),
+        click.option("--device", default="cpu", show_default=True),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _run(name: str, kind: type, chosen: dict[str, Any], **more: Any) -> None:
+    """Run the study's missing cells, then show its table and draw its figure."""
+    import importlib
+    import shutil
+    import sys
+    from dataclasses import fields, replace
+
+    from rich.console import Console
+
+    from statewright.studies.cells import run_cells
+    from statewright.studies.experiment import Place, about, check_resumable, read_study
+    from statewright.studies.figures import check_drawable
+
+    ctx, console = click.get_current_context(), Console()
+    module = importlib.import_module(f"statewright.studies.{name.replace('-', '_')}")
+    given = click.core.ParameterSource.COMMANDLINE
+    said = {
+        f.name: chosen[f.name]
+        for f in fields(kind)
+        if f.name in chosen and ctx.get_parameter_source(f.name) is given
+    }
+    settings = replace(kind.paper() if chosen["paper"] else kind(), **said)
+    output, device = Path(chosen["output"]), _device(chosen["device"])
+    check_resumable(output, name, settings)
+    if chosen["figure"]:
+        check_drawable(chosen["figure"])
+    work = output.with_name(f".{output.stem}.work")
+
+    def listen(point: dict[str, Any]) -> None:
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in point.items())
+        console.print("  ".join(shown), highlight=False)
+
+    cells = module.cells(
+        settings,
+        chosen["system"] or module.DEFAULT,
+        chosen["seed"],
+        Place(work, device, listen),
+        **more,
+    )
+    command = " ".join(["statewright", *sys.argv[1:]])
+    for key, result in run_cells(cells, output, about(name, settings, command, device)):
+        console.print(f"[bold]{key}[/bold] done in {result['seconds']:,.0f} s", highlight=False)
+    if not any(work.rglob("*.safetensors")):
+        shutil.rmtree(work, ignore_errors=True)
+    _show(console, module, read_study(output, name))
+    if chosen["figure"]:
+        _draw(output, chosen["figure"])
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(f"--device {name}: cannot be used here") from error
+    return device
+
+
+def _show(console: Any, module: Any, found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    rows = module.table(found)
+    if rows:
+        table = Table()
+        for name in rows[0]:
+            table.add_column(name)
+        for row in rows:
+            table.add_row(*(str(row.get(name, "")) for name in rows[0]))
+        console.print(table)
+    if hasattr(module, "NOTE"):
+        console.print(module.NOTE, highlight=False)
+
+
+def _draw(results: str | Path, figure: str) -> None:
+    from statewright.studies.figures import draw
+
+    draw(results, figure)
+    click.echo(f"figure in {figure}")
+
+
+@study.command("selective-copy")
+@_common
+@options_of(
+    SelectiveCopySettings,
+    {"length": "Tokens before the markers.", "tokens": "Tokens to copy.", **_TRAINING},
+)
+def selective_copy(**chosen: Any) -> None:
+    """Copy marked tokens out of noise: minimal RNNs by depth, and time-invariant systems."""
+    _run("selective-copy", SelectiveCopySettings, chosen)
+
+
+@study.command("char-lm")
+@_common
+@click.option("--text", required=True, type=click.Path(), help="The text; Tiny Shakespeare.")
+@options_of(
+    CharLMSettings,
+    {
+        "context": "Characters per window.",
+        "num_heads": "Of the Transformer.",
+        "patience": "End a run after so many measurements without a lower loss; 0: never.",
+        **_TRAINING,
+    },
+)
+def char_lm(text: str, **chosen: Any) -> None:
+    """Character language models side by side: loss against steps."""
+    _run("char-lm", CharLMSettings, chosen, text=text)
+
+
+@study.command("chomsky")
+@_common
+@click.option("--task", multiple=True, help="e.g. even-pairs; repeat [default: all six].")
+@options_of(ChomskySettings, {"train_length": "Longest word to train on.", **_TRAINING})
+def chomsky(task: tuple[str, ...], **chosen: Any) -> None:
+    """Tasks of the Chomsky hierarchy: trained on short words, tested on long ones."""
+    more = {"tasks": task} if task else {}
+    _run("chomsky", ChomskySettings, chosen, **more)
+
+
+@study.command("listops")
+@_common
+@options_of(ListOpsSettings, {"train_length": "Longest expression to train on.", **_TRAINING})
+def listops(**chosen: Any) -> None:
+    """Nested operations on digits: trained on short expressions, tested on long ones."""
+    _run("listops", ListOpsSettings, chosen)
+
+
+@study.command("train-cost")
+@_common
+@options_of(
+    TrainCostSettings,
+    {
+        "batch_size": "Rows.",
+        "hidden_size": "Width.",
+        "num_layers": "Depth of every system.",
+        "repeats": "Times each is run after a warm-up; the best counts.",
+        "shortest": "First length in tokens; doubled from there.",
+        "longest": "Last length at most.",
+    },
+)
+def train_cost(**chosen: Any) -> None:
+    """Time and memory of a training step against length, by loop and by fused kernel."""
+    _run("train-cost", TrainCostSettings, chosen)
+
+
+@study.command("figure")
+@click.argument("results", type=click.Path())
+@click.argument("figure", type=click.Path())
+def figure_(results: str, figure: str) -> None:
+    """Draw the FIGURE of a study from its RESULTS, and from nothing else."""
+    _draw(results, figure)
