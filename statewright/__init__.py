@@ -26,6 +26,7 @@ _HOMES = {
     "StatewrightForCausalLM": "models",
     "StatewrightModel": "models",
     "load": "models",
+    "resize": "models.resize",
     "Session": "session",
 }
 __all__ = ["__version__", *_HOMES]

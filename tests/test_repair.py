@@ -118,13 +118,13 @@ def test_a_policy_that_was_chosen_is_used(tiny: Path, tmp_path: Path) -> None:
 
 def test_state_passing_trains_and_publishes(tiny: Path, tmp_path: Path) -> None:
     model, config = statewright.load(tiny), passing_config(16, 4, 1e-3)
-    assert config.num_segments == 32 and config.num_lanes * 16 <= 2048
+    assert config.initial == "previous" and config.num_lanes * 16 <= 2048
     weights = model.lm_head.weight.detach().clone()
     pass_states(model, byte_tokenizer(), corpus(), config, tmp_path / "passed")
     assert not torch.equal(model.lm_head.weight, weights)
     again = statewright.load(tmp_path / "passed")
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
-    assert again.config.train_context == 16 * 32
+    assert again.config.train_context > again.config.train_length == 16
 
 
 @pytest.mark.parametrize(
