@@ -10,17 +10,24 @@ import click
 from statewright import __version__
 from statewright.cli.bench import bench
 from statewright.cli.check import check
+from statewright.cli.common import Verbs
 from statewright.cli.convert import convert
+from statewright.cli.data import data
+from statewright.cli.diagnose import diagnose
 from statewright.cli.evaluate import eval_
 from statewright.cli.generate import generate
 from statewright.cli.listing import list_
 from statewright.cli.quickstart import quickstart
+from statewright.cli.repair import repair
+from statewright.cli.resize import resize
 from statewright.cli.size import size
 from statewright.cli.state import state
+from statewright.cli.study import study
 from statewright.cli.train import train
 
 
 @click.group(
+    cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     invoke_without_command=True,
 )
@@ -32,7 +39,23 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (quickstart, train, generate, check, eval_, size, state, convert, bench, list_):
+for verb in (
+    quickstart,
+    data,
+    train,
+    generate,
+    check,
+    eval_,
+    size,
+    diagnose,
+    repair,
+    state,
+    convert,
+    resize,
+    study,
+    bench,
+    list_,
+):
     cli.add_command(verb)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-_SUITES = ("scans", "layers", "decode", "matrix", "memory")
+_SUITES = ("scans", "layers", "decode", "matrix", "bounded")
+_SUITES += ("perplexity", "probes", "repairs", "resize", "memory")
 
 
 @click.command()
@@ -20,11 +21,23 @@ def bench(suite, quick: bool, threads, output_dir: str | None, readme: str | Non
     """Measure scans, layers, decoding and memory; peers that are not installed are left out."""
     from rich.console import Console
 
-    from statewright.bench import decode, layers, matrix, scans
+    from statewright.bench import (
+        bounded,
+        decode,
+        layers,
+        matrix,
+        perplexity,
+        probes,
+        repairs,
+        resize,
+        scans,
+    )
     from statewright.bench.protocol import as_json, environment, measure
 
     console = Console()
     modules = {"scans": scans, "layers": layers, "decode": decode, "matrix": matrix}
+    modules |= {"bounded": bounded, "perplexity": perplexity, "repairs": repairs, "resize": resize}
+    modules |= {"probes": probes}
     for name in suite:
         command = f"statewright bench --suite {name}" + (" --quick" if quick else "")
         about = environment(command)

@@ -20,6 +20,7 @@ def expand(console: Any, run: Any, seconds: float) -> None:
     import torch
 
     from statewright.models.resize import resize
+    from statewright.train.evaluate import held_out as score
     from statewright.train.loop import Run
 
     small = run.model.eval()
@@ -44,7 +45,7 @@ def expand(console: Any, run: Any, seconds: float) -> None:
         eval_every=steps,
         save_every=steps,
     )
-    found = {}
+    found = {"before": score(small, held_out, config.length).bits_per_byte}
     for name, model in (("control", copy.deepcopy(small)), ("expanded", large)):
         further = Run(
             model, run.tokenizer, run.train_corpus, held_out, config, run.directory / name
@@ -53,7 +54,7 @@ def expand(console: Any, run: Any, seconds: float) -> None:
         found[name] = further.valid.bits_per_byte
     console.print(
         f"   {steps} steps later: as it was {found['control']:.3f} bits per byte, expanded "
-        f"[bold]{found['expanded']:.3f}[/bold] (both {run.valid.bits_per_byte:.3f} before)"
+        f"[bold]{found['expanded']:.3f}[/bold] (both {found['before']:.3f} before)"
     )
 
 

@@ -12,6 +12,8 @@ import click
 from statewright.cli.common import human_bytes
 
 _OURS = ".quickstart"
+# A Transformer that people know, a page of text for it, and a budget that the page outgrows.
+_TRANSFORMER, _PAGE, _POLICY = "smollm2-135m", 320, "tova:budget=64"
 
 
 @click.command()
@@ -22,12 +24,15 @@ _OURS = ".quickstart"
 def quickstart(text: str | None, output_dir: str, seconds: float, seed: int) -> None:
     """Train a small recurrent LM on real text, write, read on in constant memory, go back.
 
-    Needs no download: the text is the manual inside every CPython.
+    Then bound a pretrained Transformer (with the extra `smollm`), diagnose and repair a model that
+    does not forget, and expand a state. Needs no download: the text is CPython's own manual.
     """
     import torch
     from rich.console import Console
 
+    from statewright.cli.collapse_step import collapse, cure
     from statewright.cli.common import quiet_libraries
+    from statewright.cli.expand_step import expand
     from statewright.session import Session
 
     quiet_libraries()
@@ -54,6 +59,13 @@ def quickstart(text: str | None, output_dir: str, seconds: float, seed: int) -> 
     _read_on(console, reader, rest, run)
     _step(console, 4, "go back", "fork, rewind, load: the continuation must be identical")
     _go_back(console, reader, directory)
+    _step(console, 5, "bound", f"a pretrained Transformer, {_TRANSFORMER}, under {_POLICY}")
+    _bound(console, whole)
+    _step(console, 6, "diagnose", "a Mamba-2 that never learned to forget, and repair it")
+    sick = collapse(console, run.train_corpus, run.valid_corpus, directory)
+    cure(console, sick, run.valid_corpus)
+    _step(console, 7, "expand", "the reader's state to four times its size, and train on")
+    expand(console, run, seconds / 2)
     console.rule(align="left")
     console.print(
         f"the model is in [bold]{directory}[/bold]; next:\n"
@@ -197,6 +209,37 @@ def _go_back(console: Any, session: Any, directory: Path) -> None:
         same = torch.equal(first, other.generate(48))
         mark = "[green]identical[/green]" if same else "[red]DIFFERENT: please report this[/red]"
         console.print(f"   {label:<36} {mark}")
+
+
+def _bound(console: Any, whole: str) -> None:
+    """The same page read without and under a policy, and how each goes on."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from statewright.hf.pretrained import locate
+    from statewright.models import load
+    from statewright.models.tokenizers import saved_tokenizer
+    from statewright.session import Session
+
+    try:
+        path = Path(locate(_TRANSFORMER))
+    except ValueError as error:
+        console.print(f"   skipped: {error}", markup=False, soft_wrap=True)
+        return
+    model, tokenizer = load(path, "float32"), saved_tokenizer(path)
+    page = tokenizer(whole[: 8 * _PAGE])["input_ids"][:_PAGE]
+    for label, policy in (("without a policy", "none"), (f"under {_POLICY}", _POLICY)):
+        session = Session(model, policy, snapshot_bytes=0)
+        session.feed(page)
+        read = session.nbytes
+        ids = session.generate(16, temperature=0)[0].tolist()
+        console.print(
+            f"   {label:<24} {read:>12,} bytes after {len(page):,} tokens, "
+            f"{session.nbytes:,} after {session.seen:,}",
+            soft_wrap=True,
+        )
+        sample = " ".join(tokenizer.decode(ids).split())
+        console.print(Padding(Text(sample, style="italic cyan"), (0, 6)))
 
 
 def _step(console: Any, number: int, verb: str, rest: str) -> None:

@@ -7,30 +7,52 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, options_of
+from statewright.cli.common import COUNT, MODEL, options_of
+from statewright.cli.presets import preset_option
 from statewright.train.config import TrainConfig
 
 _HELPS = {
     "num_steps": "Optimizer steps.",
     "num_lanes": "Rows per batch, each a lane of consecutive text.",
-    "length": "Tokens per row and step; the state is carried on.",
+    "length": "Tokens per row and segment; the state is carried on.",
+    "curriculum": "Longer rows later: 1k@500,4k@2k is 1,024 tokens from step 500 on.",
+    "documents": "Reset the state where a document begins, or join them.",
+    "initial": "What a row's state is before each step.",
+    "num_segments": "Segments a state is carried over; 0: the whole document.",
+    "reset_share": "Chance that a row begins from zero all the same.",
+    "gradient_segments": "Segments per step that gradients go through.",
     "learning_rate": "Peak learning rate.",
-    "schedule": "After the warm-up.",
+    "schedule": "After the warm-up; wsd: constant, then linear decay.",
     "num_warmup_steps": "Steps of linear warm-up.",
-    "final_rate": "Share of the learning rate left at the end of cosine.",
+    "decay_share": "Share of the steps in wsd's decay.",
+    "final_rate": "Share of the learning rate left at the end.",
+    "beta1": "AdamW's.",
+    "beta2": "AdamW's.",
     "weight_decay": "AdamW's, on matrices only.",
     "clip": "Largest gradient norm.",
     "dtype": "Compute type; weights and states stay float32.",
+    "num_accumulation": "Parts in which a step's rows are computed.",
+    "checkpointing": "Compute activations again instead of keeping them.",
+    "train_only": "all, state, mixers, or mixers:0,6 of some layers.",
+    "policy": "Train under a policy, e.g. tova:budget=512.",
+    "parallel": "What torchrun's processes divide: rows, rows and weights, or tokens.",
     "seed": "Of weights, dropout and data.",
     "eval_every": "Steps between held-out evaluations.",
     "save_every": "Steps between checkpoints.",
     "num_checkpoints": "Checkpoints kept.",
 }
-_OWN = {"text", "output_dir", "resume", "valid_text", "tensorboard"}
+_OWN = {"text", "data", "output_dir", "resume", "valid_text", "tensorboard", "device"}
+# What a step computes does not depend on these.
+_CHANGEABLE = {"parallel", "num_accumulation", "checkpointing"}
+# Held-out tokens of data files, at most: a share of a large one would take longer than training.
+_HELD_OUT = 1_000_000
 
 
 @click.command()
 @click.option("--text", multiple=True, type=click.Path(), help="A text file; repeat for more.")
+@click.option("--data", multiple=True, help="Made by statewright data; DIR=2 weighs it twice.")
+@click.option("--model", type=MODEL, help="Go on from this model, instead of afresh.")
+@click.option("--device", default="cpu", show_default=True, help="cuda: one GPU per process.")
 @click.option("--output-dir", required=True, type=click.Path(), help="Where the run is written.")
 @click.option("--resume", is_flag=True, help="Continue the run in --output-dir, exactly.")
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events.")
@@ -57,28 +79,35 @@ _OWN = {"text", "output_dir", "resume", "valid_text", "tensorboard"}
     show_default=True,
     help="bytes, characters, or any Hugging Face tokenizer (path or id).",
 )
+@preset_option
 @options_of(TrainConfig, _HELPS)
 @click.pass_context
-def train(ctx: click.Context, text: tuple[str, ...], output_dir: str, **options: Any) -> None:
-    """Train a language model on text files; Ctrl-C saves, --resume continues exactly.
+def train(ctx: click.Context, output_dir: str, **options: Any) -> None:
+    """Train a language model on text or token files; Ctrl-C saves, --resume continues exactly.
 
-    Documents are files. Rows of a batch are lanes of consecutive text: the state is carried from
-    step to step and reset where a document begins.
+    Documents are files, or those of the token file. Rows of a batch are lanes of consecutive
+    text: the state is carried from step to step and reset where a document begins. Under
+    torchrun, several processes share a step.
     """
-    directory = Path(output_dir)
+    from statewright.train.distributed import joined
+
+    directory, given = Path(output_dir), bool(options["text"]) + bool(options["data"])
     if options["resume"]:
         _refuse_other_options(ctx)
-        run = _resumed(directory, text, options["valid_text"])
-    else:
-        if not text:
-            raise click.UsageError("give at least one --text FILE", ctx)
-        if list(directory.glob("checkpoint-*")) or (directory / "config.json").exists():
-            raise ValueError(
-                f"{directory} already holds a run: --resume continues it, "
-                "another --output-dir starts afresh"
-            )
-        run = _fresh(directory, text, options)
-    _train(run, options["tensorboard"])
+    elif given != 1:
+        raise click.UsageError("give at least one --text FILE, or --data DIR", ctx)
+    elif list(directory.glob("checkpoint-*")) or (directory / "config.json").exists():
+        raise ValueError(
+            f"{directory} already holds a run: --resume continues it, "
+            "another --output-dir starts afresh"
+        )
+    with joined():
+        if options["resume"]:
+            changed = {name: options[name] for name in _CHANGEABLE if _is_given(ctx, name)}
+            run = _resumed(directory, options, changed)
+        else:
+            run = _fresh(directory, options)
+        _train(run, options["tensorboard"])
 
 
 def _train(run: Any, tensorboard: bool) -> None:
@@ -88,14 +117,16 @@ def _train(run: Any, tensorboard: bool) -> None:
     from statewright.cli.tensorboard import TensorBoardListener
     from statewright.train.loop import TrainingInterrupted, TrainingStopped
 
-    console = Console(stderr=True)
+    first = run.world.rank == 0
+    console = Console(stderr=True, quiet=not first)
     parameters = sum(p.numel() for p in run.model.parameters())
+    together = f"{run.world.size} processes, " if run.world.size > 1 else ""
     console.print(
-        f"{run.model.config.mixer}, {parameters:,} parameters, "
-        f"{run.train_corpus.num_tokens:,} training tokens, state {run.state.rows(0).nbytes:,} bytes"
+        f"{run.model.config.mixer}, {parameters:,} parameters, {run.num_tokens:,} training "
+        f"tokens, {together}state {run.state.rows(0).nbytes:,} bytes"
     )
     bar = TrainingBar(console, run.config.num_steps, run.step)
-    board = TensorBoardListener(run.directory) if tensorboard else None
+    board = TensorBoardListener(run.directory) if tensorboard and first else None
     listeners = [bar] if board is None else [bar, board]
     run.listen = lambda event: [listen(event) for listen in listeners]
     try:
@@ -110,6 +141,8 @@ def _train(run: Any, tensorboard: bool) -> None:
     finally:
         if board is not None:
             board.close()
+    if not first:
+        return
     if run.valid is not None:
         click.echo(
             f"held-out: {run.valid.nats:.4f} nats/token, {run.valid.bits_per_byte:.4f} bits/byte "
@@ -118,20 +151,64 @@ def _train(run: Any, tensorboard: bool) -> None:
     click.echo(f"model: {run.directory}")
 
 
-def _fresh(directory: Path, text: tuple[str, ...], options: dict[str, Any]) -> Any:
-    import torch
-
+def _fresh(directory: Path, options: dict[str, Any]) -> Any:
     from statewright.cli.common import quiet_libraries
-    from statewright.models import StatewrightConfig, StatewrightForCausalLM
-    from statewright.models.tokenizers import load_tokenizer
-    from statewright.train.data import read_text
+    from statewright.models import load
+    from statewright.models.tokenizers import saved_tokenizer
 
     quiet_libraries()
     config = TrainConfig(**{name: options[name] for name in _HELPS})
     if not 0 <= options["valid_share"] < 1:
         raise ValueError(f"valid-share={options['valid_share']}, expected a share below 1")
-    whole = "".join("".join(read_text(path)) for path in text)
-    tokenizer = load_tokenizer(options["tokenizer"], whole)
+    valid_text = options["valid_text"]
+    about = {
+        "text": [str(Path(path).resolve()) for path in options["text"]],
+        "data": [list(_weighted(entry)) for entry in options["data"]],
+        "valid_text": valid_text and str(Path(valid_text).resolve()),
+        "valid_share": options["valid_share"],
+    }
+    if options["model"]:
+        model, tokenizer = load(options["model"]), saved_tokenizer(options["model"])
+    else:
+        tokenizer = _tokenizer(options)
+        model = _new_model(options, tokenizer, config.seed)
+    return _run(directory, _placed(model, options["device"]), tokenizer, config, about)
+
+
+def _placed(model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {' '.join(str(error).split())[:120]}") from error
+
+
+def _tokenizer(options: dict[str, Any]) -> Any:
+    from statewright.models.tokenizers import load_tokenizer, saved_tokenizer
+    from statewright.train.data import read_text
+
+    if options["data"]:
+        return saved_tokenizer(_weighted(options["data"][0])[0])
+    name, whole = options["tokenizer"], ""
+    if name == "characters":
+        whole = "".join("".join(read_text(path)) for path in options["text"])
+    return load_tokenizer(name, whole)
+
+
+def _weighted(entry: str) -> tuple[str, float]:
+    """`DIR` or `DIR=weight`."""
+    path, equals, weight = entry.rpartition("=")
+    try:
+        path, number = (path, float(weight)) if equals else (entry, 1.0)
+    except ValueError:
+        path, number = entry, 1.0
+    return str(Path(path).resolve()), number
+
+
+def _new_model(options: dict[str, Any], tokenizer: Any, seed: int) -> Any:
+    import torch
+
+    from statewright.models import StatewrightConfig, StatewrightForCausalLM
+
     mixer = list(options["mixer"])
     model_config = StatewrightConfig(
         vocab_size=len(tokenizer),
@@ -147,17 +224,11 @@ def _fresh(directory: Path, text: tuple[str, ...], options: dict[str, Any]) -> A
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = StatewrightForCausalLM(model_config)
-    about = {
-        "text": [str(Path(path).resolve()) for path in text],
-        "valid_text": options["valid_text"] and str(Path(options["valid_text"]).resolve()),
-        "valid_share": options["valid_share"],
-    }
-    return _run(directory, model, tokenizer, config, about)
+        torch.manual_seed(seed)
+        return StatewrightForCausalLM(model_config)
 
 
-def _resumed(directory: Path, text: tuple[str, ...], valid_text: str | None) -> Any:
+def _resumed(directory: Path, options: dict[str, Any], changed: dict[str, Any]) -> Any:
     from statewright.cli.common import quiet_libraries
     from statewright.models import load
     from statewright.models.tokenizers import saved_tokenizer
@@ -171,39 +242,64 @@ def _resumed(directory: Path, text: tuple[str, ...], valid_text: str | None) -> 
     if "text" not in record:
         raise ValueError(f"{directory}: not made by statewright train, its text is not recorded")
     about = {name: record[name] for name in ("text", "valid_text", "valid_share")}
-    if text:
-        about["text"] = [str(Path(path).resolve()) for path in text]
-    if valid_text:
-        about["valid_text"] = str(Path(valid_text).resolve())
-    model = load(found[-1].path)
-    tokenizer = saved_tokenizer(found[-1].path)
-    run = _run(directory, model, tokenizer, TrainConfig(**record["config"]), about)
+    about["data"] = record.get("data_files", [])
+    if options["text"]:
+        about["text"] = [str(Path(path).resolve()) for path in options["text"]]
+    if options["data"]:
+        about["data"] = [list(_weighted(entry)) for entry in options["data"]]
+    if options["valid_text"]:
+        about["valid_text"] = str(Path(options["valid_text"]).resolve())
+    config = TrainConfig(**{**record["config"], **changed})
+    model, tokenizer = load(found[-1].path), saved_tokenizer(found[-1].path)
+    run = _run(directory, _placed(model, options["device"]), tokenizer, config, about)
     run.resume()
     return run
 
 
 def _run(directory: Path, model: Any, tokenizer: Any, config: TrainConfig, about: dict) -> Any:
     from statewright.train.data import corpus_of, read_text
+    from statewright.train.data_mix import hold_out
     from statewright.train.loop import Run
 
-    corpus = corpus_of([read_text(path) for path in about["text"]], tokenizer)
+    about = dict(about)
+    # A record's "data" is the fingerprint.
+    files, weights, most = about.pop("data"), [1.0], _HELD_OUT
+    about["data_files"] = files
+    if files:
+        corpora, weights = _token_files([path for path, _ in files], tokenizer), []
+        weights = [weight for _, weight in files]
+    else:
+        corpora = [corpus_of([read_text(path) for path in about["text"]], tokenizer)]
+        most = corpora[0].num_tokens
     valid = None
     if about["valid_text"]:
         valid = corpus_of([read_text(about["valid_text"])], tokenizer)
     elif about["valid_share"] > 0:
-        corpus, valid = corpus.split(about["valid_share"])
+        corpora, valid = hold_out(corpora, about["valid_share"], most)
     if valid is not None and valid.num_tokens < 2:
         valid = None
-    return Run(model, tokenizer, corpus, valid, config, directory, about)
+    given = corpora[0] if len(corpora) == 1 else list(zip(corpora, weights))
+    return Run(model, tokenizer, given, valid, config, directory, about)
+
+
+def _token_files(paths: list[str], tokenizer: Any) -> list[Any]:
+    from statewright.train.data_files import read_tokens
+
+    corpora = []
+    for path in paths:
+        corpus, theirs = read_tokens(path)
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"{path}: made with another tokenizer than the model's")
+        corpora.append(corpus)
+    return corpora
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _refuse_other_options(ctx: click.Context) -> None:
-    given = [
-        name
-        for name in ctx.params
-        if name not in _OWN
-        and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    ]
+    given = [n for n in ctx.params if n not in _OWN | _CHANGEABLE and _is_given(ctx, n)]
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise click.UsageError(f"--resume takes the run's own options; leave out {names}", ctx)

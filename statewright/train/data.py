@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-_PIECE = 1 << 14
+_PIECE, _BLOCK = 1 << 14, 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,23 +23,39 @@ class Corpus:
     """Token ids (N,), the indices at which documents begin, and the bytes of text they stand for.
 
     Every document ends with the tokenizer's end-of-text token if it has one and there are
-    several documents.
+    several documents. The tokens may be mapped from a file; `origin` then says which part of
+    which data they are, so that nobody reads them all to find out.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     num_bytes: int
+    origin: str = ""
 
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest document, its end-of-text included."""
+        return int(np.diff(self.starts, append=self.num_tokens).max())
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 of tokens and document starts: the same data, whatever file it came from."""
-        digest = hashlib.sha256(self.tokens.astype(np.int64).tobytes())
+        """SHA-256 of tokens and document starts (of their origin, if they are mapped)."""
+        if self.origin:
+            return hashlib.sha256(self.origin.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for begin in range(0, self.num_tokens, _BLOCK):
+            digest.update(self.tokens[begin : begin + _BLOCK].astype(np.int64).tobytes())
         digest.update(self.starts.astype(np.int64).tobytes())
         return digest.hexdigest()
+
+    def joined(self) -> Corpus:
+        """As one document: states and targets cross its boundaries (the end-of-text remains)."""
+        origin = f"{self.origin} joined" if self.origin else ""
+        return replace(self, starts=self.starts[:1], origin=origin)
 
     def split(self, share: float) -> tuple[Corpus, Corpus]:
         """The first tokens and the last `share` of them (rounded), documents cut where needed."""
@@ -48,7 +65,8 @@ class Corpus:
     def _part(self, begin: int, end: int) -> Corpus:
         inside = self.starts[(self.starts > begin) & (self.starts < end)] - begin
         num_bytes = round(self.num_bytes * (end - begin) / max(1, self.num_tokens))
-        return Corpus(self.tokens[begin:end], np.concatenate([[0], inside]), num_bytes)
+        origin = f"{self.origin}[{begin}:{end}]" if self.origin else ""
+        return Corpus(self.tokens[begin:end], np.concatenate([[0], inside]), num_bytes, origin)
 
 
 def read_text(path: str | Path) -> Iterator[str]:
@@ -91,34 +109,62 @@ def _cut(text: str) -> tuple[str, str]:
     return (text, "") if at <= 0 else (text[:at], text[at:])
 
 
-def encode(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of each piece; special tokens are never added."""
+def encoder(
+    tokenizer: PreTrainedTokenizerBase, literal: bool = False
+) -> Callable[[str], Iterator[list[int]]]:
+    """Token ids of a text, part by part; special tokens are never added.
+
+    literal: a special token's name in the text, such as `<|endoftext|>`, is text like any other.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    for piece in pieces:
-        for begin in range(0, len(piece), _PIECE):
-            part = piece[begin : begin + _PIECE]
+    options = {"split_special_tokens": True} if literal else {}
+    if literal and backend is not None:
+        # A copy: the switch would change the tokenizer we were given.
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.encode_special_tokens = True
+
+    def ids(text: str) -> Iterator[list[int]]:
+        for begin in range(0, len(text), _PIECE):
+            part = text[begin : begin + _PIECE]
             if backend is None:
-                yield tokenizer.encode(part, add_special_tokens=False)
+                yield tokenizer.encode(part, add_special_tokens=False, **options)
             else:
                 yield backend.encode(part, add_special_tokens=False).ids
 
+    return ids
+
+
+def encode(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of each piece, as of a prompt: a special token's name stands for that token."""
+    ids = encoder(tokenizer)
+    for piece in pieces:
+        yield from ids(piece)
+
 
 def corpus_of(documents: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """Tokenize documents, each given as an iterable of pieces of text."""
+    """Tokenize documents, each given as an iterable of pieces of text.
+
+    A literal `<|endoftext|>` in a text is text: only what is given as documents is a boundary.
+    """
     end = tokenizer.eos_token_id if len(documents) > 1 else None
-    dtype = np.uint16 if len(tokenizer) < 2**16 else np.int32
+    dtype, ids = token_dtype(tokenizer), encoder(tokenizer, literal=True)
     parts, starts, num_tokens, num_bytes = [], [], 0, 0
     for document in documents:
         starts.append(num_tokens)
         for piece in document:
             num_bytes += len(piece.encode("utf-8"))
-            for ids in encode([piece], tokenizer):
-                parts.append(np.array(ids, dtype=dtype))
-                num_tokens += len(ids)
+            for part in ids(piece):
+                parts.append(np.array(part, dtype=dtype))
+                num_tokens += len(part)
         if end is not None:
             parts.append(np.array([end], dtype=dtype))
             num_tokens += 1
     return Corpus(np.concatenate(parts), np.array(starts, dtype=np.int64), num_bytes)
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerBase) -> type[np.integer]:
+    """The narrowest of uint16 and int32 that holds every token."""
+    return np.uint16 if len(tokenizer) < 2**16 else np.int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +175,15 @@ class Batch:
     labels: Tensor
     reset: Tensor
 
+    def rows(self, part: slice) -> Batch:
+        return Batch(self.ids[part], self.labels[part], self.reset[part])
+
+    def columns(self, part: slice) -> Batch:
+        return Batch(self.ids[:, part], self.labels[:, part], self.reset[:, part])
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.ids.to(device), self.labels.to(device), self.reset.to(device))
+
 
 @dataclass(frozen=True, eq=False)
 class Lanes:
@@ -137,14 +192,15 @@ class Lanes:
     The corpus is one ring of tokens, cut into `num_lanes` stretches; batch i holds the i-th
     `length` tokens of each. A row resets where a document begins and where its lane begins anew,
     so a carried state only ever sees its own document. From the second pass on, the ring is
-    turned by an amount drawn from (seed, pass): cuts fall elsewhere. `batch(step)` depends on
-    nothing but its arguments.
+    turned by an amount drawn from (seed, phase, pass): cuts fall elsewhere. `batch(step)` depends
+    on nothing but its arguments. `phase` counts the lengths of a curriculum.
     """
 
     corpus: Corpus
     num_lanes: int
     length: int
     seed: int = 0
+    phase: int = 0
 
     def __post_init__(self) -> None:
         need = self.num_lanes * self.length + 1
@@ -162,26 +218,34 @@ class Lanes:
     def steps_per_pass(self) -> int:
         return self.num_targets // self.num_lanes // self.length
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0 over all passes."""
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The batch of a step, counted from 0 over all passes, or some of its rows."""
         passes, index = divmod(step, self.steps_per_pass)
         stretch = self.num_targets // self.num_lanes
-        begins = np.arange(self.num_lanes) * stretch + self._turn(passes) + index * self.length
+        lanes = np.arange(self.num_lanes)[rows]
+        begins = lanes * stretch + self._turn(passes) + index * self.length
         at = (begins[:, None] + np.arange(self.length)) % self.num_targets
-        reset = np.isin(at, self.corpus.starts)
+        reset = self._begin_document(at)
         reset[:, 0] |= index == 0
         return self._batch(at, reset)
 
     def _turn(self, passes: int) -> int:
-        if passes == 0:
+        if passes == self.phase == 0:
             return 0
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + passes)
+        generator = torch.Generator().manual_seed(
+            (self.seed + 7919 * self.phase) * 1_000_003 + passes
+        )
         return int(torch.randint(self.num_targets, (), generator=generator))
+
+    def _begin_document(self, at: np.ndarray) -> np.ndarray:
+        found = np.searchsorted(self.corpus.starts, at)
+        found[found == len(self.corpus.starts)] = 0
+        return self.corpus.starts[found] == at
 
     def _batch(self, at: np.ndarray, reset: np.ndarray) -> Batch:
         ids = torch.from_numpy(self.corpus.tokens[at].astype(np.int64))
         labels = torch.from_numpy(self.corpus.tokens[at + 1].astype(np.int64))
-        labels[torch.from_numpy(np.isin(at + 1, self.corpus.starts))] = IGNORED
+        labels[torch.from_numpy(self._begin_document(at + 1))] = IGNORED
         return Batch(ids, labels, torch.from_numpy(reset))
 
 
@@ -197,7 +261,7 @@ def stretches(corpus: Corpus, num_rows: int, length: int) -> Iterator[Batch]:
         at = np.arange(num_rows)[:, None] * stretch + columns
         beyond = at >= lanes.num_targets
         at[beyond] = lanes.num_targets - 1
-        reset = np.isin(at, corpus.starts)
+        reset = lanes._begin_document(at)
         reset[:, 0] |= begin == 0
         batch = lanes._batch(at, reset)
         batch.labels[torch.from_numpy(beyond)] = IGNORED

@@ -27,15 +27,21 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out(model: torch.nn.Module, corpus: Corpus, length: int = 256) -> HeldOut:
-    """Score a whole corpus: a few long stretches side by side, each from a fresh state."""
+def held_out(
+    model: torch.nn.Module, corpus: Corpus, length: int = 256, policy: str = "none"
+) -> HeldOut:
+    """Score a whole corpus: a few long stretches side by side, each from a fresh state.
+
+    policy: bounds the state as everywhere; "none" leaves that to the model's config.
+    """
+    options = {} if policy == "none" else {"policy": policy}
     rows = max(1, min(_MAX_ROWS, corpus.num_tokens // (8 * length)))
     was_training, state, total, count = model.training, None, 0.0, 0
     model.eval()
     for batch in stretches(corpus, rows, length):
-        out = model(batch.ids.to(model.device), state=state, reset=batch.reset.to(model.device))
-        state = out.state
-        labels = batch.labels.to(out.logits.device)
+        batch = batch.to(model.device)
+        out = model(batch.ids, state=state, reset=batch.reset, **options)
+        state, labels = out.state, batch.labels
         logits = out.logits.flatten(0, 1).float()
         losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
         total += losses.item()
