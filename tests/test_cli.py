@@ -12,7 +12,7 @@ import pytest
 from test_train import one_thread  # noqa: F401
 
 import statewright
-from statewright.cli import main, progress
+from statewright.cli import collapse_step, main, progress
 from statewright.hf import pretrained
 from statewright.state_file import load_state, read_state_file
 
@@ -187,12 +187,16 @@ def test_list_names_everything(run) -> None:
 def test_quickstart(home: Path, tmp_path: Path, run, monkeypatch) -> None:
     absent = pretrained.Packaged("no-such", "no_such", "*.gguf", "smollm")
     monkeypatch.setitem(pretrained.PRETRAINED, "smollm2-135m", absent)
+    for name, value in (("_STEPS", 4), ("_LENGTH", 400), ("_SEARCHED", 300)):
+        monkeypatch.setattr(collapse_step, name, value)
     target = tmp_path / "quick"
     argv = ["quickstart", "--text", home / "book.txt", "--output-dir", target, "--seconds", "1"]
     ran = run(*argv)
     assert ran.code == 0, ran.err
     assert ran.out.count("identical") == 4 and "DIFFERENT" not in ran.out
     for part in ("1 train", "2 write", "3 read", "4 go back", "5 bound", "[smollm]"):
+        assert part in ran.out
+    for part in ("6 diagnose", "policies tried", "7 expand", "logits differ by 0"):
         assert part in ran.out
     before = fingerprint(target)
     assert_refused(run(*argv[:2], tmp_path / "none.txt", *argv[3:]), "no such file")

@@ -121,11 +121,15 @@ class ResetsToZero(MinGRU):
     """A reset must go back to the learned initial state, not to zero."""
 
     def forward(self, x, state=None, mask=None, reset=None):
-        with ops.default_backend("torch"):
-            return super().forward(x, state, mask, reset)
-
-    def _restart(self, log_a, b, h, starts):
-        return (b, h) if starts is not None else super()._restart(log_a, b, h, starts)
+        state = self.init_state(len(x)) if state is None else state
+        if reset is not None:
+            zero = torch.zeros_like(self.initial())
+            self.initial = lambda: zero
+        try:
+            with ops.default_backend("torch"):
+                return super().forward(x, state, mask, reset)
+        finally:
+            self.__dict__.pop("initial", None)
 
 
 class MixesRows(MinGRU):
