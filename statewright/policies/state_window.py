@@ -147,19 +147,12 @@ class StateWindow(RecurrentPolicy):
         r, T = self.length, joined["v"].shape[1] - self.length
         n = -(-T // r)
         blocks = {name: _in_blocks(t, r, n + 1) for name, t in joined.items()}
-        log_a = blocks["log_a"].to(S.dtype)
-        so_far = log_a.cumsum(2)
-        # From token j + 1 of the block before to its end, then up to token j of this one.
-        later = log_a.flip(2).cumsum(2).flip(2)
-        later = F.pad(later[:, :-1, 1:], (0, 0) * (log_a.dim() - 3) + (0, 1))
-        lag = later + so_far[:, 1:]
-        run = _vector_blocks if q is None else _matrix_blocks
-        queries = None if q is None else _in_blocks(q, r, n)
-        o, ends = run(queries, blocks, so_far, lag)
-        total = so_far[:, :, -1].exp()
+        if q is None:
+            o, ends, total = _vector_blocks(blocks, S.dtype)
+        else:
+            o, ends, total = _matrix_blocks(_in_blocks(q, r, n), blocks, S.dtype)
         for block in range(1, n + 1):
-            decay = total[:, block] if q is None else total[:, block].unsqueeze(-1)
-            S = S * decay + ends[:, block]
+            S = S * total[:, block] + ends[:, block]
         return o.flatten(1, 2)[:, :T].to(joined["v"].dtype), S
 
 
@@ -184,26 +177,38 @@ def _like(flags: Tensor, tensor: Tensor) -> Tensor:
     return flags.view(*flags.shape, *[1] * (tensor.dim() - 2))
 
 
-def _vector_blocks(
-    _: None, blocks: dict[str, Tensor], so_far: Tensor, lag: Tensor
-) -> tuple[Tensor, Tensor]:
+def _vector_blocks(blocks: dict[str, Tensor], wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """h (B, n - 1, r, D), the end of every block (B, n, D) and its decay (B, n, D)."""
     B, n, r, D = blocks["v"].shape
-    wide = so_far.dtype
-    h, ends = vector_scan(
-        blocks["log_a"].flatten(0, 1).to(wide),
-        blocks["v"].flatten(0, 1).to(wide),
-        so_far.new_zeros(B * n, D),
-    )
-    h, ends = h.view(B, n, r, D), ends.view(B, n, D)
-    before = so_far[:, 1:].exp() * ends[:, :-1].unsqueeze(2) - lag.exp() * h[:, :-1]
-    return h[:, 1:] + before, ends
+    log_a, v = (blocks[name].to(wide) for name in ("log_a", "v"))
+    h, ends = _scan_blocks(log_a, v, 0.0)
+    # Products of decays are a scan too, and a cheaper one than logarithms' sums and exponentials.
+    so_far, total = _scan_blocks(log_a, torch.zeros_like(log_a), 1.0)
+    shifted = F.pad(log_a[:, :-1].flip(2)[:, :, :-1], (0, 0, 1, 0))
+    later, _ = _scan_blocks(shifted, torch.zeros_like(shifted), 1.0)
+    before = ends[:, :-1].unsqueeze(2) - later.flip(2) * h[:, :-1]
+    return torch.addcmul(h[:, 1:], so_far[:, 1:], before), ends, total
+
+
+def _scan_blocks(log_a: Tensor, b: Tensor, start: float) -> tuple[Tensor, Tensor]:
+    """A scan of every block (B, n, r, D) by itself, from a constant."""
+    B, n, _, D = log_a.shape
+    h, ends = vector_scan(log_a.flatten(0, 1), b.flatten(0, 1), log_a.new_full((B * n, D), start))
+    return h.unflatten(0, (B, n)), ends.unflatten(0, (B, n))
 
 
 def _matrix_blocks(
-    q: Tensor, blocks: dict[str, Tensor], so_far: Tensor, lag: Tensor
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, blocks: dict[str, Tensor], wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o (B, n - 1, r, H, V), the end of every block (B, n, H, K, V) and its decay."""
     k, v, log_a = blocks["k"], blocks["v"], blocks["log_a"]
     (B, n, r, H, V), K = v.shape, k.shape[-1]
+    sums = log_a.to(wide)
+    so_far = sums.cumsum(2)
+    total = so_far[:, :, -1].exp().unsqueeze(-1)
+    # From token j + 1 of the block before to its end, then up to token j of this one.
+    later = sums[:, :-1].flip(2).cumsum(2).flip(2)[:, :, 1:]
+    lag = F.pad(later, (0, 0, 0, 0, 0, 1)) + so_far[:, 1:]
     zero = so_far.new_zeros(B * n, H, K, V)
     padded = torch.cat([torch.zeros_like(q[:, :1]), q], 1).to(v.dtype)
     o, ends = matrix_scan(*(t.flatten(0, 1) for t in (padded, k.to(v.dtype), v, log_a)), zero)
@@ -225,8 +230,8 @@ def _matrix_blocks(
     previous = ends[:, :-1].unflatten(2, split)
     whole = torch.einsum("bnrgk,bnghkv->bnrghv", reading, previous).flatten(3, 4)
     if per_key:
-        return o + (whole - old), ends
-    return o + (so_far[:, 1:].exp() * whole - lag.exp() * old), ends
+        return o + (whole - old), ends, total
+    return o + (so_far[:, 1:].exp() * whole - lag.exp() * old), ends, total
 
 
 def _in_blocks(tensor: Tensor, r: int, n: int) -> Tensor:

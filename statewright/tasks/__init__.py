@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from statewright import spec
-from statewright.tasks.base import Batch, Sample, Task
+from statewright.tasks.base import Batch, Sample, Task, digest
 from statewright.tasks.chomsky import CHOMSKY
+from statewright.tasks.copying import Copying
 from statewright.tasks.in_context import InContext
 from statewright.tasks.listops import ListOps
 from statewright.tasks.mqar import MQAR
+from statewright.tasks.newline import Newline
 from statewright.tasks.niah import NIAH
 from statewright.tasks.passkey import Passkey, by_depth, recall_length
 from statewright.tasks.perplexity import Perplexity
+from statewright.tasks.qasper import QASPER
 from statewright.tasks.selective_copy import SelectiveCopy
+from statewright.tasks.squality import SQuALITY
 
 TASKS: dict[str, type] = {
     "passkey": Passkey,
     "perplexity": Perplexity,
+    "newline": Newline,
     "mqar": MQAR,
     "niah": NIAH,
     "in-context": InContext,
+    "copying": Copying,
     "selective-copy": SelectiveCopy,
+    "squality": SQuALITY,
+    "qasper": QASPER,
     **CHOMSKY,
     "listops": ListOps,
 }
@@ -34,16 +42,21 @@ __all__ = [
     "CHOMSKY",
     "MQAR",
     "NIAH",
+    "QASPER",
     "TASKS",
     "Batch",
+    "Copying",
     "InContext",
     "ListOps",
+    "Newline",
     "Passkey",
     "Perplexity",
+    "SQuALITY",
     "Sample",
     "SelectiveCopy",
     "Task",
     "build_task",
     "by_depth",
+    "digest",
     "recall_length",
 ]

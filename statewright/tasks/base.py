@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -20,12 +21,15 @@ class Tokenizer(Protocol):
 class Sample:
     """input_ids (T,) int64; answer: the text that must be in the continuation ("" for none);
     place: where in the input it hides, 0 the start, 1 the end; targets (T,): the right next token
-    where it is scored, -100 elsewhere, for tasks on token ids."""
+    where it is scored, -100 elsewhere, for tasks on token ids; references: texts that the whole
+    continuation is compared with by the task's `metric`; cut: tokens that did not fit in."""
 
     input_ids: Tensor
     answer: str = ""
     place: float = 0.0
     targets: Tensor | None = None
+    references: tuple[str, ...] = ()
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,17 @@ class Task(Protocol):
     version: ClassVar[int]
 
     def draw(self, n: int, seed: int, tokenizer: Tokenizer) -> Batch: ...
+
+
+def digest(batch: Batch) -> str:
+    """SHA-256 of all that a batch holds: equal digests, equal data."""
+    found = hashlib.sha256(str(batch.new_tokens).encode())
+    for sample in batch.samples:
+        ids = sample.input_ids.tolist()
+        targets = None if sample.targets is None else sample.targets.tolist()
+        found.update(repr((ids, targets, sample.answer, sample.place)).encode())
+        found.update(repr((sample.references, sample.cut)).encode())
+    return found.hexdigest()
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
