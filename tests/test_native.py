@@ -284,10 +284,10 @@ def test_opcheck(dtype):
     for cell, name in ((native_ops.POSITIVE, "mingru"), (native_ops.LSTM | 2, "minlstm")):
         p, h0, init = KERNELS[name].inputs(3, 6, 5, dtype)
         leaves = [x.clone().requires_grad_() for x in (p, h0, init)]
-        check(native_ops.gated_op, (*leaves, flags, cell))
+        check(native_ops.gated_op, (*leaves, flags, cell, 0.9, 0.75))
         check(native_ops.gated_op, (*leaves[:2], None, None, cell))
         h, h_T = native_ops.gated_op(p, h0, init, flags, cell)
-        check(native_ops.gated_backward_op, (h, h_T, p, h, h0, init, flags, cell))
+        check(native_ops.gated_backward_op, (h, h_T, p, h, h0, init, flags, cell, 0.9, 0.75))
         check(native_ops.gated_backward_op, (None, h_T, p, h, h0, None, None, cell))
 
 

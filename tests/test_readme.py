@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 def test_python_blocks_run() -> None:
     found = blocks("python")
-    assert len(found) == 3
+    assert len(found) == 4
     exec("\n".join(found), {})
 
 

@@ -15,7 +15,7 @@ from statewright.mixers.base import VectorMixer, advance_seen
 from statewright.mixers.resize import in_groups, scaled, share_of, sources, take
 from statewright.ops import native, state_dtype
 from statewright.policies import Policy
-from statewright.policies.recurrent import recurrent_parts
+from statewright.policies.recurrent import constant_factors
 from statewright.state import State, VectorState
 
 Form = Literal["log", "vanilla"]
@@ -81,11 +81,12 @@ class MinimalMixer(VectorMixer):
     ) -> tuple[Tensor, State]:
         state = self.begin(x, state, mask, reset)
         T = x.shape[1]
-        if T == 0 or recurrent_parts(policy) or not ops.use_fused(x, state.h):
+        factors = constant_factors(policy)
+        if T == 0 or factors is None or not ops.use_fused(x, state.h):
             return super().forward(x, state, mask, reset, policy)
         p = self.in_proj(x)
         if not native.supports(p):
-            return super().forward(x, state, mask, reset)
+            return super().forward(x, state, mask, reset, policy)
         starts = reset if reset is None or mask is None else reset & mask
         flags = None
         if mask is not None or starts is not None:
@@ -99,12 +100,17 @@ class MinimalMixer(VectorMixer):
             initial = self.initial()
             # Chosen for no row, yet in the graph: see policies.recurrent.
             h0 = torch.where(torch.zeros(x.shape[0], 1, dtype=torch.bool), initial, h0)
-        h, h_T = self.fused(p, h0, initial, flags)
+        h, h_T = self.fused(p, h0, initial, flags, factors)
         seen = advance_seen(state.seen, T, mask, reset)
         return self.output(h, x), replace(state, h=h_T, seen=seen)
 
     def fused(
-        self, p: Tensor, h0: Tensor, initial: Tensor | None, flags: Tensor | None
+        self,
+        p: Tensor,
+        h0: Tensor,
+        initial: Tensor | None,
+        flags: Tensor | None,
+        factors: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
         """Gates and scan in one C kernel, on the projection p (B, T, gates * inner)."""
         raise NotImplementedError
@@ -195,9 +201,14 @@ class MinGRU(MinimalMixer):
         return F.logsigmoid(-k), k.sigmoid() * self.candidate(c)
 
     def fused(
-        self, p: Tensor, h0: Tensor, initial: Tensor | None, flags: Tensor | None
+        self,
+        p: Tensor,
+        h0: Tensor,
+        initial: Tensor | None,
+        flags: Tensor | None,
+        factors: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
-        return native.mingru(p, h0, initial, flags, positive=self.form == "log")
+        return native.mingru(p, h0, initial, flags, self.form == "log", factors)
 
     def update(self, x: Tensor, state: VectorState) -> tuple[Tensor, VectorState]:
         k, c = self.project(x)

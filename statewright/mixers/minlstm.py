@@ -44,11 +44,14 @@ class MinLSTM(MinimalMixer):
         return F.logsigmoid(-balance), balance.sigmoid() * self.candidate(c)
 
     def fused(
-        self, p: Tensor, h0: Tensor, initial: Tensor | None, flags: Tensor | None
+        self,
+        p: Tensor,
+        h0: Tensor,
+        initial: Tensor | None,
+        flags: Tensor | None,
+        factors: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
-        return native.minlstm(
-            p, h0, initial, flags, positive=self.form == "log", normalize=self.normalize
-        )
+        return native.minlstm(p, h0, initial, flags, self.form == "log", self.normalize, factors)
 
     def update(self, x: Tensor, state: VectorState) -> tuple[Tensor, VectorState]:
         f, i, c = self.project(x)

@@ -64,6 +64,7 @@ def mingru(
     init: Tensor | None = None,
     flags: Tensor | None = None,
     positive: bool = True,
+    factors: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """minGRU on its projection: `h_t = (1 - z_t) h_{t-1} + z_t cand_t`, arXiv:2410.01201, app. A-B.
 
@@ -71,9 +72,10 @@ def mingru(
     sigmoid(x) below), else c. h0 (B, D) in float32 (float64 for float64). flags (B, T) uint8:
     bit 0 (MASKED), the token leaves the state as it is; bit 1 (RESET), before the token the state
     becomes `init` (D), zero if None; a token may be both. Returns h (B, T, D) in p's dtype and
-    h_T (B, D); differentiable in p, h0 and init. The authors scan in log space, this does not.
+    h_T (B, D); differentiable in p, h0 and init. factors: of decay and of what is written, as in
+    `ForgetMore`. The authors scan in log space, this does not.
     """
-    return _gated("mingru", p, h0, init, flags, ops.POSITIVE * positive)
+    return _gated("mingru", p, h0, init, flags, ops.POSITIVE * positive, factors)
 
 
 def minlstm(
@@ -83,6 +85,7 @@ def minlstm(
     flags: Tensor | None = None,
     positive: bool = True,
     normalize: bool = True,
+    factors: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """minLSTM on its projection: `h_t = f'_t h_{t-1} + i'_t cand_t`, arXiv:2410.01201, app. A-B.
 
@@ -90,11 +93,17 @@ def minlstm(
     `normalize`, as in the paper, else f and i, the authors' default. Everything else as `mingru`.
     """
     cell = ops.LSTM | ops.POSITIVE * positive | ops.NORMALIZE * normalize
-    return _gated("minlstm", p, h0, init, flags, cell)
+    return _gated("minlstm", p, h0, init, flags, cell, factors)
 
 
 def _gated(
-    name: str, p: Tensor, h0: Tensor, init: Tensor | None, flags: Tensor | None, cell: int
+    name: str,
+    p: Tensor,
+    h0: Tensor,
+    init: Tensor | None,
+    flags: Tensor | None,
+    cell: int,
+    factors: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     B, T, width = _sequence(name, "p", p)
     streams = 3 if cell & ops.LSTM else 2
@@ -106,9 +115,9 @@ def _gated(
         raise _wrong(name, "init", init, f"(D,) = {(D,)} {h0.dtype}")
     _per_token(name, "flags", flags, (B, T))
     if ops.call_c(p, h0, init) and forward_ad._current_level < 0:
-        return ops.run_gated(p, h0, init, flags, cell)
+        return ops.run_gated(p, h0, init, flags, cell, *factors)
     _refuse_tangents(name, p, h0, init)
-    return ops.gated_op(p, h0, init, flags, cell)
+    return ops.gated_op(p, h0, init, flags, cell, *factors)
 
 
 def _sequence(name: str, argument: str, x: Tensor) -> torch.Size:

@@ -12,13 +12,14 @@ import torch  # before the library is opened: both then share one OpenMP runtime
 from statewright.ops.native_digest import source_digest
 
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_DOUBLE = ctypes.c_double
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
-# Pointers, then B, T, D, then the choice of cell (gated kernels only) and the number of threads.
+# Pointers, then B, T, D; gated kernels: two factors, the choice of cell; the number of threads.
 _KERNELS = {
     "scan_forward": [_POINTER] * 6 + [_SIZE] * 3 + [_INT],
     "scan_backward": [_POINTER] * 9 + [_SIZE] * 3 + [_INT],
-    "gated_forward": [_POINTER] * 6 + [_SIZE] * 3 + [_INT] * 2,
-    "gated_backward": [_POINTER] * 10 + [_SIZE] * 3 + [_INT] * 2,
+    "gated_forward": [_POINTER] * 6 + [_SIZE] * 3 + [_DOUBLE] * 2 + [_INT] * 2,
+    "gated_backward": [_POINTER] * 10 + [_SIZE] * 3 + [_DOUBLE] * 2 + [_INT] * 2,
     # The last pointer is to the sizes. These return 1 where there is no memory for their work.
     "matrix_forward": [_POINTER] * 9 + [_INT],
     "matrix_backward": [_POINTER] * 14 + [_INT],

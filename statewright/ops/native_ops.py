@@ -57,13 +57,21 @@ def run_scan_backward(
     return dlog_a, db, dh0
 
 
-def run_gated(p: Tensor, h0: Tensor, init: Tensor | None, flags: Tensor | None, cell: int) -> Pair:
+def run_gated(
+    p: Tensor,
+    h0: Tensor,
+    init: Tensor | None,
+    flags: Tensor | None,
+    cell: int,
+    decay: float = 1.0,
+    write: float = 1.0,
+) -> Pair:
     p, h0, init, flags = p.contiguous(), h0.contiguous(), _contiguous(init), _contiguous(flags)
     (B, T, _), D = p.shape, h0.shape[1]
     h, h_T = p.new_empty((B, T, D)), h0.new_empty((B, D))
     kernel("gated_forward", p.dtype)(
         p.data_ptr(), h0.data_ptr(), _address(init), _address(flags),
-        h.data_ptr(), h_T.data_ptr(), B, T, D, cell, torch.get_num_threads(),
+        h.data_ptr(), h_T.data_ptr(), B, T, D, decay, write, cell, torch.get_num_threads(),
     )  # fmt: skip
     return h, h_T
 
@@ -77,6 +85,8 @@ def run_gated_backward(
     init: Tensor | None,
     flags: Tensor | None,
     cell: int,
+    decay: float = 1.0,
+    write: float = 1.0,
 ) -> Triple:
     dh, dh_T, init, flags = map(_contiguous, (dh, dh_T, init, flags))
     p, h, h0 = p.contiguous(), h.contiguous(), h0.contiguous()
@@ -85,7 +95,7 @@ def run_gated_backward(
     kernel("gated_backward", p.dtype)(
         p.data_ptr(), h.data_ptr(), h0.data_ptr(), _address(init), _address(flags), _address(dh),
         _address(dh_T), dp.data_ptr(), dh0.data_ptr(), _address(dinit),
-        *h.shape, cell, torch.get_num_threads(),
+        *h.shape, decay, write, cell, torch.get_num_threads(),
     )  # fmt: skip
     return dp, dh0, h0.new_empty(0) if dinit is None else dinit.sum(0)
 
@@ -115,12 +125,12 @@ def _(dh, dh_T, log_a, h, h0, reset):
 
 
 @gated_op.register_fake
-def _(p, h0, init, flags, cell):
+def _(p, h0, init, flags, cell, decay=1.0, write=1.0):
     return p.new_empty((*p.shape[:2], h0.shape[1])), h0.new_empty(h0.shape)
 
 
 @gated_backward_op.register_fake
-def _(dh, dh_T, p, h, h0, init, flags, cell):
+def _(dh, dh_T, p, h, h0, init, flags, cell, decay=1.0, write=1.0):
     dinit = h0.new_empty(0 if init is None else init.shape)
     return p.new_empty(p.shape), h0.new_empty(h0.shape), dinit
 
@@ -139,16 +149,16 @@ def _scan_gradient(ctx, dh, dh_T):
 
 
 def _save_gated(ctx, inputs, output):
-    p, h0, init, flags, cell = inputs
+    p, h0, init, flags, *choice = inputs
     ctx.save_for_backward(p, output[0], h0, init, flags)
     ctx.set_materialize_grads(False)
-    ctx.cell = cell
+    ctx.choice = choice
 
 
 def _gated_gradient(ctx, dh, dh_T):
     run = run_gated_backward if call_c(dh, dh_T) else gated_backward_op
-    dp, dh0, dinit = run(dh, dh_T, *ctx.saved_tensors, ctx.cell)
-    return dp, dh0, dinit if ctx.needs_input_grad[2] else None, None, None
+    dp, dh0, dinit = run(dh, dh_T, *ctx.saved_tensors, *ctx.choice)
+    return dp, dh0, dinit if ctx.needs_input_grad[2] else None, *[None] * (1 + len(ctx.choice))
 
 
 scan_op.register_autograd(_scan_gradient, setup_context=_save_scan)

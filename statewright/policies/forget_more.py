@@ -31,6 +31,10 @@ class ForgetMore(RecurrentPolicy):
         if not 0 < self.write < math.inf:
             raise ValueError(f"forgetmore: write={self.write}, expected a number > 0")
 
+    @property
+    def factors(self) -> tuple[float, float]:
+        return self.decay, self.write
+
     def scan(self, next_scan: Scan, gates: Gates, state: State) -> tuple[Tensor, State]:
         v = gates.v if self.write == 1 else gates.v * self.write
         return next_scan(replace(gates, v=v, log_a=gates.log_a + math.log(self.decay)), state)

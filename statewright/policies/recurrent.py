@@ -51,14 +51,16 @@ class Gates:
         before = torch.where(self.reset, total - 1, -1).cummax(1).values
         return torch.where(before < 0, counts, total - before)
 
-    def piece(self, begin: int, end: int) -> Gates:
-        """The tokens from `begin` up to, not including, `end`."""
+    def piece(self, begin: int, end: int, counts: Tensor | None = None) -> Gates:
+        """The tokens from `begin` up to, not including, `end`; counts: `self.counts()` if known."""
         parts = {
             name: tensor[:, begin:end]
             for name in ("v", "log_a", "q", "k", "mask", "reset")
             if (tensor := getattr(self, name)) is not None
         }
-        seen = self.seen if begin == 0 else self.counts()[:, begin - 1]
+        if begin == 0:
+            return replace(self, **parts)
+        seen = (self.counts() if counts is None else counts)[:, begin - 1]
         return replace(self, seen=seen, **parts)
 
     def inert(self) -> Gates:
@@ -76,6 +78,11 @@ Scan = Callable[[Gates, State], tuple[Tensor, State]]
 @dataclass(frozen=True)
 class RecurrentPolicy(Policy):
     """Wraps the scan of every linear recurrence: Mamba-2, GLA, Mamba, minGRU, minLSTM."""
+
+    @property
+    def factors(self) -> tuple[float, float] | None:
+        """(decay, write) if multiplying both by constants is all that it does."""
+        return None
 
     def scan(self, next_scan: Scan, gates: Gates, state: State) -> tuple[Tensor, State]:
         """What is read, o (B, T, H, V) or h (B, T, D), and the state after the last token.
@@ -111,6 +118,19 @@ def recurrent_parts(policy: Policy | None) -> tuple[RecurrentPolicy, ...]:
     """The parts that wrap a linear recurrence, outermost first."""
     parts = policy.parts if isinstance(policy, Chain) else (policy,)
     return tuple(part for part in parts if isinstance(part, RecurrentPolicy))
+
+
+def constant_factors(policy: Policy | None) -> tuple[float, float] | None:
+    """(decay, write) if all that the recurrent parts do is multiply both by constants, else None.
+
+    A fused kernel that never shows its gates can then do the same.
+    """
+    decay = write = 1.0
+    for part in recurrent_parts(policy):
+        if part.factors is None:
+            return None
+        decay, write = decay * part.factors[0], write * part.factors[1]
+    return decay, write
 
 
 def scan(gates: Gates, state: State, policy: Policy | None = None) -> tuple[Tensor, State]:

@@ -63,28 +63,31 @@ class StateNorm(RecurrentPolicy):
         return replace(self, norms=(self.norms[layer],))
 
     def scan(self, next_scan: Scan, gates: Gates, state: State) -> tuple[Tensor, State]:
-        due = gates.counts() % self.every == 0
+        counts = gates.counts()
+        due = counts % self.every == 0
         if gates.mask is not None:
             due = due & gates.mask
         ends = sorted({*(due.any(0).nonzero()[:, 0] + 1).tolist(), gates.length})
         outputs = []
         for begin, end in zip([0, *ends], ends):
-            o, state = next_scan(gates.piece(begin, end), state)
+            o, state = next_scan(gates.piece(begin, end, counts), state)
             rows = due[:, end - 1]
             if bool(rows.any()):
-                o, state = self._rescale(o, state, rows)
-            outputs.append(o)
+                last, state = self._rescale(o[:, -1:], state, rows)
+                outputs += [o[:, :-1], last]
+            else:
+                outputs.append(o)
         return torch.cat(outputs, 1), state
 
-    def _rescale(self, o: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        """Rows that are due: the state, and what was read from it at the last token."""
+    def _rescale(self, last: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
+        """Rows that are due: what was read at the last token, (B, 1, ...), and the state."""
         value = carried(state)
         axes = tuple(range(1 if value.dim() == 2 else 2, value.dim()))
         norm = value.square().sum(axes, keepdim=True).sqrt()
         scale = (self._limit(norm) / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
         scale = torch.where(rows.view(-1, *[1] * (norm.dim() - 1)), scale, 1)
-        last = o[:, -1:] * scale.view(o.shape[0], 1, *scale.shape[1 : o.dim() - 1]).to(o.dtype)
-        return torch.cat([o[:, :-1], last], 1), with_carried(state, value * scale)
+        read = scale.view(last.shape[0], 1, *scale.shape[1 : last.dim() - 1])
+        return last * read.to(last.dtype), with_carried(state, value * scale)
 
     def _limit(self, norm: Tensor) -> Tensor | float:
         value, multiple = self._value

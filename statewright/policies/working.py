@@ -126,7 +126,8 @@ class WorkingSlots:
         at = to.unsqueeze(-1)
         self.k.scatter_(2, at.expand(*k.shape), k)
         self.v.scatter_(2, at.expand(*v.shape), v)
-        self.pos.scatter_(2, to, self.pos[:, :, n : n + 1])
+        # A copy: with one row and one head torch sees that source and target share memory.
+        self.pos.scatter_(2, to, self.pos[:, :, n : n + 1].clone())
         self.marks = {
             name: mark.scatter(2, to, mark[..., n:])[..., :n] for name, mark in self.marks.items()
         }

@@ -34,7 +34,8 @@ enum { POSITIVE = 1, NORMALIZE = 2, LSTM = 4 };
 
 CLONES static void NAME(gated_forward_unit)(const STORE *p, const REAL *h0, const REAL *init,
                                             const uint8_t *flags, STORE *h, REAL *h_T, int64_t T,
-                                            int64_t D, int64_t n, int cell) {
+                                            int64_t D, int64_t n, REAL decay, REAL write,
+                                            int cell) {
     REAL s[BLOCK];
     int64_t parts = cell & LSTM ? 3 : 2;
     memcpy(s, h0, n * sizeof(REAL));
@@ -49,9 +50,9 @@ CLONES static void NAME(gated_forward_unit)(const STORE *p, const REAL *h0, cons
         if (flag & MASKED) {
             for (int64_t d = 0; d < n; d++) h[d] = PUT(s[d]);
         } else {
-#define GRU_ROW(positive) NAME(mingru_forward_row)(p, p + D, s, h, n, positive)
+#define GRU_ROW(positive) NAME(mingru_forward_row)(p, p + D, s, h, n, decay, write, positive)
 #define LSTM_ROW(positive, normalize)                                                              \
-    NAME(minlstm_forward_row)(p, p + D, p + 2 * D, s, h, n, positive, normalize)
+    NAME(minlstm_forward_row)(p, p + D, p + 2 * D, s, h, n, decay, write, positive, normalize)
             CHOOSE(cell, GRU_ROW, LSTM_ROW)
 #undef GRU_ROW
 #undef LSTM_ROW
@@ -64,7 +65,7 @@ CLONES static void NAME(gated_backward_unit)(const STORE *p, const STORE *h, con
                                              const REAL *init, const uint8_t *flags,
                                              const STORE *dh, const REAL *dh_T, STORE *dp,
                                              REAL *dh0, REAL *dinit, int64_t T, int64_t D,
-                                             int64_t n, int cell) {
+                                             int64_t n, REAL decay, REAL write, int cell) {
     REAL s[BLOCK];
     STORE first[BLOCK], fresh[BLOCK], zero[BLOCK];
     int64_t parts = cell & LSTM ? 3 : 2;
@@ -90,10 +91,10 @@ CLONES static void NAME(gated_backward_unit)(const STORE *p, const STORE *h, con
             for (int64_t d = 0; d < n; d++) s[d] += LOAD(dht[d]);
         } else {
 #define GRU_ROW(positive)                                                                          \
-    NAME(mingru_backward_row)(pt, pt + D, h_prev, dht, s, dpt, dpt + D, n, positive)
+    NAME(mingru_backward_row)(pt, pt + D, h_prev, dht, s, dpt, dpt + D, n, decay, write, positive)
 #define LSTM_ROW(positive, normalize)                                                              \
     NAME(minlstm_backward_row)(pt, pt + D, pt + 2 * D, h_prev, dht, s, dpt, dpt + D, dpt + 2 * D,  \
-                               n, positive, normalize)
+                               n, decay, write, positive, normalize)
             CHOOSE(cell, GRU_ROW, LSTM_ROW)
 #undef GRU_ROW
 #undef LSTM_ROW
@@ -108,7 +109,8 @@ CLONES static void NAME(gated_backward_unit)(const STORE *p, const STORE *h, con
 
 EXPORT void NAME(sw_gated_forward)(const STORE *p, const REAL *h0, const REAL *init,
                                    const uint8_t *flags, STORE *h, REAL *h_T, int64_t B, int64_t T,
-                                   int64_t D, int cell, int threads) {
+                                   int64_t D, double decay, double write, int cell,
+                                   int threads) {
     threads = threads_for(B, T, D, threads);
     int64_t width = block_width(B, D, threads), num = D ? (D + width - 1) / width : 0;
     int64_t parts = cell & LSTM ? 3 : 2;
@@ -118,7 +120,7 @@ EXPORT void NAME(sw_gated_forward)(const STORE *p, const REAL *h0, const REAL *i
         unsigned mode = flush_denormals();
         NAME(gated_forward_unit)(p + row * T * parts * D + d, h0 + s, init ? init + d : NULL,
                                  flags ? flags + row * T : NULL, h + row * T * D + d, h_T + s, T,
-                                 D, min_i64(width, D - d), cell);
+                                 D, min_i64(width, D - d), decay, write, cell);
         restore_denormals(mode);
     }
 }
@@ -127,7 +129,8 @@ EXPORT void NAME(sw_gated_forward)(const STORE *p, const REAL *h0, const REAL *i
 EXPORT void NAME(sw_gated_backward)(const STORE *p, const STORE *h, const REAL *h0,
                                     const REAL *init, const uint8_t *flags, const STORE *dh,
                                     const REAL *dh_T, STORE *dp, REAL *dh0, REAL *dinit, int64_t B,
-                                    int64_t T, int64_t D, int cell, int threads) {
+                                    int64_t T, int64_t D, double decay, double write, int cell,
+                                    int threads) {
     threads = threads_for(B, T, D, threads);
     int64_t width = block_width(B, D, threads), num = D ? (D + width - 1) / width : 0;
     int64_t parts = cell & LSTM ? 3 : 2;
@@ -139,7 +142,8 @@ EXPORT void NAME(sw_gated_backward)(const STORE *p, const STORE *h, const REAL *
         NAME(gated_backward_unit)(p + wide, h + at, h0 + s, init ? init + d : NULL,
                                   flags ? flags + row * T : NULL, dh ? dh + at : NULL,
                                   dh_T ? dh_T + s : NULL, dp + wide, dh0 + s,
-                                  dinit ? dinit + s : NULL, T, D, min_i64(width, D - d), cell);
+                                  dinit ? dinit + s : NULL, T, D, min_i64(width, D - d), decay,
+                                  write, cell);
         restore_denormals(mode);
     }
 }

@@ -1,5 +1,5 @@
 /* minGRU, arXiv:2410.01201, appendix A (candidate c) and B (candidate g(c), `positive`):
- * z = sigmoid(k), h_t = (1 - z) h_{t-1} + z cand. */
+ * z = sigmoid(k), h_t = decay (1 - z) h_{t-1} + write z cand (decay and write are 1 in the paper). */
 
 typedef struct { REAL z, keep, cand, slope; } NAME(mingru_gates);
 
@@ -24,10 +24,10 @@ FN NAME(mingru_gates) NAME(mingru_gate)(REAL k, REAL c, int positive) {
 }
 
 ROW NAME(mingru_forward_row)(const STORE *restrict k, const STORE *restrict c, REAL *restrict s,
-                             STORE *restrict h, int64_t n, int positive) {
+                             STORE *restrict h, int64_t n, REAL decay, REAL write, int positive) {
     for (int64_t d = 0; d < n; d++) {
         NAME(mingru_gates) g = NAME(mingru_gate)(LOAD(k[d]), LOAD(c[d]), positive);
-        REAL y = g.keep * s[d] + g.z * g.cand;
+        REAL y = decay * g.keep * s[d] + write * g.z * g.cand;
         s[d] = y;
         h[d] = PUT(y);
     }
@@ -36,12 +36,12 @@ ROW NAME(mingru_forward_row)(const STORE *restrict k, const STORE *restrict c, R
 ROW NAME(mingru_backward_row)(const STORE *restrict k, const STORE *restrict c,
                               const STORE *restrict h_prev, const STORE *restrict dh,
                               REAL *restrict s, STORE *restrict dk, STORE *restrict dc, int64_t n,
-                              int positive) {
+                              REAL decay, REAL write, int positive) {
     for (int64_t d = 0; d < n; d++) {
         NAME(mingru_gates) g = NAME(mingru_gate)(LOAD(k[d]), LOAD(c[d]), positive);
         REAL grad = LOAD(dh[d]) + s[d], into = grad * g.z;
-        s[d] = grad * g.keep;
-        dc[d] = PUT(into * g.slope);
-        dk[d] = PUT(into * g.keep * (g.cand - LOAD(h_prev[d])));
+        s[d] = grad * decay * g.keep;
+        dc[d] = PUT(into * write * g.slope);
+        dk[d] = PUT(into * g.keep * (write * g.cand - decay * LOAD(h_prev[d])));
     }
 }

@@ -1,6 +1,6 @@
 /* minLSTM, arXiv:2410.01201, appendix A (candidate c) and B (candidate g(c), `positive`):
  * h_t = keep h_{t-1} + write cand with keep = sigmoid(f), write = sigmoid(i), or, `normalize`,
- * both divided by their sum.
+ * both divided by their sum; each times a constant, `by_keep` and `by_write`, 1 in the paper.
  *
  * Normalised: with u = exp(-f), w = exp(-i), keep = (1 + w) / ((1 + u) + (1 + w)). Dividing
  * through by max(1, u, w) keeps the ratio right where u and w overflow together, and leaves two
@@ -45,11 +45,11 @@ FN NAME(minlstm_gates) NAME(minlstm_gate)(REAL f, REAL i, REAL c, int positive, 
 
 ROW NAME(minlstm_forward_row)(const STORE *restrict f, const STORE *restrict i,
                               const STORE *restrict c, REAL *restrict s, STORE *restrict h,
-                              int64_t n, int positive, int normalize) {
+                              int64_t n, REAL by_keep, REAL by_write, int positive, int normalize) {
     for (int64_t d = 0; d < n; d++) {
         NAME(minlstm_gates) g = NAME(minlstm_gate)(LOAD(f[d]), LOAD(i[d]), LOAD(c[d]), positive,
                                                    normalize);
-        REAL y = g.keep * s[d] + g.write * g.cand;
+        REAL y = by_keep * g.keep * s[d] + by_write * g.write * g.cand;
         s[d] = y;
         h[d] = PUT(y);
     }
@@ -58,15 +58,16 @@ ROW NAME(minlstm_forward_row)(const STORE *restrict f, const STORE *restrict i,
 ROW NAME(minlstm_backward_row)(const STORE *restrict f, const STORE *restrict i,
                                const STORE *restrict c, const STORE *restrict h_prev,
                                const STORE *restrict dh, REAL *restrict s, STORE *restrict df,
-                               STORE *restrict di, STORE *restrict dc, int64_t n, int positive,
-                               int normalize) {
+                               STORE *restrict di, STORE *restrict dc, int64_t n, REAL by_keep,
+                               REAL by_write, int positive, int normalize) {
     for (int64_t d = 0; d < n; d++) {
         NAME(minlstm_gates) g = NAME(minlstm_gate)(LOAD(f[d]), LOAD(i[d]), LOAD(c[d]), positive,
                                                    normalize);
-        REAL grad = LOAD(dh[d]) + s[d], prev = LOAD(h_prev[d]);
-        s[d] = grad * g.keep;
-        dc[d] = PUT(grad * g.write * g.slope);
-        df[d] = PUT(grad * g.df * (normalize ? prev - g.cand : prev));
-        di[d] = PUT(grad * g.di * (normalize ? g.cand - prev : g.cand));
+        REAL grad = LOAD(dh[d]) + s[d], prev = by_keep * LOAD(h_prev[d]);
+        REAL cand = by_write * g.cand;
+        s[d] = grad * by_keep * g.keep;
+        dc[d] = PUT(grad * by_write * g.write * g.slope);
+        df[d] = PUT(grad * g.df * (normalize ? prev - cand : prev));
+        di[d] = PUT(grad * g.di * (normalize ? cand - prev : cand));
     }
 }
