@@ -49,7 +49,7 @@ POLICIES = (
     "deltascale:factor=0.5",
 )
 MILLION = 1_000_000
-LARGER = Control(train_length=512, num_steps=1000, num_rows=8, hidden_size=192, learning_rate=2e-3)
+LARGER = Control(train_length=512, num_steps=500, num_rows=8, hidden_size=192, learning_rate=2e-3)
 OVERTRAINED = (500, 2000, 8000)
 
 
@@ -253,7 +253,7 @@ def main() -> None:
         elif options.part == "million":
             study.million(Control(seed=seed))
         elif options.part == "larger":
-            study.table(replace(LARGER, seed=seed), octaves=6, rows=2)
+            study.table(replace(LARGER, seed=seed), octaves=5, rows=3)
         else:
             study.overtrain(seed)
 
