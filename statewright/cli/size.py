@@ -25,6 +25,8 @@ from statewright.cli.common import BYTES, COUNT, MODEL, human_bytes
     is_flag=True,
     help="Read that many tokens: peak memory. With --policy: decode, full, and time it.",
 )
+@click.option("--plan", is_flag=True, help="Length to train on, and to recall from, by its size.")
+@click.option("--plan-from", type=click.Path(), help="With --plan: a file of `capacity`.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def size(model: str | None, family: str | None, as_json: bool, **options: Any) -> None:
@@ -43,6 +45,9 @@ def size(model: str | None, family: str | None, as_json: bool, **options: Any) -
     if context < 1 or batch < 1:
         raise ValueError(f"size: context={context}, batch={batch}, expected at least 1")
     quiet_libraries()
+    if options["plan"] or options["plan_from"]:
+        _plan(model, family, options, as_json)
+        return
     if options["policy"]:
         report = _bounded(model, family, options)
         click.echo(json.dumps(report, indent=2)) if as_json else _bounded_table(report)
@@ -61,6 +66,16 @@ def size(model: str | None, family: str | None, as_json: bool, **options: Any) -
         click.echo(json.dumps(report, indent=2))
         return
     _table(report)
+
+
+def _plan(model: str | None, family: str | None, options: dict[str, Any], as_json: bool) -> None:
+    from statewright.cli.size_plan import numbers_of, show_plan
+
+    if not options["plan"]:
+        raise click.UsageError("--plan-from needs --plan")
+    ours = model is not None and _is_ours(model)
+    config = None if ours else _config(model, family, options)
+    show_plan(numbers_of(model if ours else None, config), options["plan_from"], as_json)
 
 
 def measure(model: Any, context: int, batch: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from statewright.studies import algorithmic, char_lm, selective_copy, train_cost
+from statewright.studies.capacity_figure import draw_capacity
 from statewright.studies.experiment import mean_and_deviation, over_seeds, read_study
 
 _DATES = {".png": None, ".svg": "Date", ".pdf": "CreationDate"}
@@ -174,4 +175,5 @@ _FIGURES: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "chomsky": _algorithmic,
     "listops": _algorithmic,
     train_cost.NAME: _train_cost,
+    "capacity": draw_capacity,
 }

@@ -1,0 +1,194 @@
+"""`statewright capacity`: how long to train, and how far to recall, by the size of a state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from statewright.cli.common import COUNT, options_of
+from statewright.studies.capacity_settings import SYSTEMS, CapacitySettings
+
+_HELPS = {
+    "hidden_size": "Width.",
+    "num_layers": "Depth.",
+    "head_dim": "Of Mamba-2's heads and of the Transformer's.",
+    "decay_scale": "low-decay: the initial decay rate A, times this.",
+    "num_steps": "Optimizer steps of every cell.",
+    "tokens_per_step": "Every training length divides it.",
+    "learning_rate": "AdamW's highest, cosine after a warm-up.",
+    "times": "Read texts of so many training lengths.",
+    "num_texts": "Held-out texts, side by side.",
+    "held_out_share": "Of the text, at its end.",
+    "explosion": "Perplexity beyond the training length over that within: a collapse.",
+    "passkey_share": "Of the training rows; they hold a key to recall.",
+    "longest_recall": "Tokens of the longest passkey text; 0: no recall.",
+    "num_eval": "Passkey texts per length.",
+    "recall_threshold": "Accuracy that counts as recall.",
+    "save_every": "Steps between snapshots of a cell.",
+}
+
+
+@click.command()
+@click.option("--text", required=True, type=click.Path(), help="Trained on, and read; as bytes.")
+@click.option("--output", required=True, type=click.Path(), help="The JSON file; resumed.")
+@click.option("--figure", type=click.Path(), help="Also draw it: .png, .svg or .pdf.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    default=["4", "8", "16", "32", "64"],
+    show_default=True,
+    help="d_state, or state=16:heads=3:width=96:depth=2; repeat.",
+)
+@click.option(
+    "--length",
+    "lengths",
+    multiple=True,
+    type=COUNT,
+    default=[128, 256, 512, 1024],
+    show_default=True,
+    help="Training length, a power of two; repeat.",
+)
+@click.option("--seed", multiple=True, type=int, default=[0], show_default=True)
+@click.option(
+    "--system",
+    multiple=True,
+    default=SYSTEMS,
+    show_default=True,
+    help="The first is fitted, the others are controls; repeat.",
+)
+@click.option(
+    "--controls-at",
+    type=click.Choice(["largest", "all"]),
+    default="largest",
+    show_default=True,
+    help="Sizes at which the controls are trained.",
+)
+@click.option("--device", default="cpu", show_default=True)
+@options_of(CapacitySettings, _HELPS)
+def capacity(text: str, output: str, figure: str | None, **chosen: Any) -> None:
+    """Measure what a state can hold: state sizes x training lengths x seeds of a Mamba-2.
+
+    T_forget: the least training length beyond which a model reads on unharmed, as an interval;
+    T_recall: the longest text from which it recalls a key. Both laws are fitted through five sizes
+    or more, beside the published ones (arXiv:2410.07145), a Mamba-2 of the official initialisation
+    and a Transformer of equal parameters, data and steps. What OUTPUT holds is not run again.
+    """
+    import shutil
+
+    from rich.console import Console
+
+    from statewright.studies.cells import run_cells
+    from statewright.studies.experiment import check_resumable, read_study
+    from statewright.studies.figures import check_drawable, draw
+
+    settings = CapacitySettings(**{name: chosen[name] for name in _HELPS})
+    path, console = Path(output), Console()
+    check_resumable(path, "capacity", settings)
+    if figure:
+        check_drawable(figure)
+    work = path.with_name(f".{path.stem}.work")
+    with _live(console, path) as (listen, renew):
+        cells, about = _study(text, path, settings, chosen, work, listen)
+        todo = len(cells)
+        for done, (key, result) in enumerate(run_cells(cells, path, about), 1):
+            renew(key, result, done, todo)
+    if not any(work.rglob("*.safetensors")):
+        shutil.rmtree(work, ignore_errors=True)
+    _show(console, read_study(path, "capacity"))
+    if figure:
+        draw(path, figure)
+        click.echo(f"figure in {figure}")
+
+
+def _study(
+    text: str,
+    path: Path,
+    settings: CapacitySettings,
+    chosen: dict[str, Any],
+    work: Path,
+    listen: Callable[[dict[str, Any]], None],
+) -> tuple[list, dict[str, Any]]:
+    """The cells that are missing, and what the results must carry."""
+    import sys
+
+    from statewright.cli.study import _device
+    from statewright.models.tokenizers import byte_tokenizer
+    from statewright.studies.capacity import NAME, Study, check_same_text
+    from statewright.studies.capacity_settings import Shape
+    from statewright.studies.cells import read_cells
+    from statewright.studies.experiment import Place, about
+    from statewright.train.data import corpus_of, read_text
+
+    shapes = [Shape.parse(size) for size in chosen["sizes"]]
+    if len(set(shapes)) < len(shapes) or len(set(chosen["seed"])) < len(chosen["seed"]):
+        raise ValueError("capacity: a --size or a --seed is given twice")
+    device = _device(chosen["device"])
+    corpus = corpus_of([read_text(text)], byte_tokenizer())
+    check_same_text(path, corpus.fingerprint)
+    study = Study(settings, chosen["lengths"], corpus, Place(work, device, listen))
+    cells = study.cells(shapes, chosen["seed"], chosen["system"], chosen["controls_at"])
+    command = " ".join(["statewright", *sys.argv[1:]])
+    carried = {**about(NAME, settings, command, device), "text": corpus.fingerprint}
+    there = read_cells(path)["cells"]
+    return [cell for cell in cells if cell.key not in there], carried
+
+
+@contextmanager
+def _live(console: Any, path: Path) -> Iterator[tuple[Callable, Callable]]:
+    """Yields (listen, renew): the table so far on a terminal, a line per cell elsewhere."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from statewright.studies.cells import read_cells
+
+    seconds: list[float] = []
+    if not console.is_terminal:
+
+        def tell(key: str, result: dict[str, Any], done: int, todo: int) -> None:
+            line = f"{key}: ratio {result.get('ratio', float('inf')):.3g}, {result['seconds']} s"
+            console.print(f"{line}  ({done} of {todo})", highlight=False)
+
+        yield lambda point: None, tell
+        return
+    with Live(console=console, refresh_per_second=2, transient=True) as live:
+
+        def shown(line: str) -> Group:
+            return Group(_table(read_cells(path)), Text(line))
+
+        def listen(point: dict[str, Any]) -> None:
+            live.update(shown(f"{point['key']}  step {point['step']}  {point['train_loss']:.3f}"))
+
+        def renew(key: str, result: dict[str, Any], done: int, todo: int) -> None:
+            seconds.append(result["seconds"])
+            left = sum(seconds) / done * (todo - done) / 60
+            live.update(shown(f"{done} of {todo} cells, about {left:,.0f} minutes left"))
+
+        yield listen, renew
+
+
+def _table(found: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    from statewright.studies.capacity_table import rows
+
+    table = Table()
+    for row in rows(found):
+        if not table.columns:
+            for name in row:
+                table.add_column(name, justify="left" if name in ("system", "size") else "right")
+        table.add_row(*row.values())
+    return table
+
+
+def _show(console: Any, found: dict[str, Any]) -> None:
+    from statewright.studies.capacity_table import said
+
+    console.print(_table(found))
+    for line in said(found):
+        console.print(line, highlight=False, markup=False)
