@@ -58,7 +58,10 @@ digest = runpy.run_path(str(ROOT / CSRC.parent / "native_digest.py"))["source_di
 headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / CSRC).glob("*.[ht]*"))
 setup(
     cmdclass={"build_ext": BuildOptionalKernels, "bdist_wheel": AnyPythonWheel},
-    package_data={"statewright.ops": ["csrc/*.c", "csrc/*.h", "csrc/*.txt"]},
+    package_data={
+        "statewright.ops": ["csrc/*.c", "csrc/*.h", "csrc/*.txt"],
+        "statewright.evaluate.lm_eval_tasks": ["*.yaml"],
+    },
     ext_modules=[
         Extension(
             NAME,

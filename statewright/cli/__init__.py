@@ -9,6 +9,7 @@ import click
 
 from statewright import __version__
 from statewright.cli.bench import bench
+from statewright.cli.capacity import capacity
 from statewright.cli.check import check
 from statewright.cli.common import Verbs
 from statewright.cli.convert import convert
@@ -17,6 +18,7 @@ from statewright.cli.diagnose import diagnose
 from statewright.cli.evaluate import eval_
 from statewright.cli.generate import generate
 from statewright.cli.listing import list_
+from statewright.cli.lm_eval import lm_eval
 from statewright.cli.quickstart import quickstart
 from statewright.cli.repair import repair
 from statewright.cli.resize import resize
@@ -46,6 +48,7 @@ for verb in (
     generate,
     check,
     eval_,
+    lm_eval,
     size,
     diagnose,
     repair,
@@ -53,6 +56,7 @@ for verb in (
     convert,
     resize,
     study,
+    capacity,
     bench,
     list_,
 ):

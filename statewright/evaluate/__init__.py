@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from statewright.evaluate.context import ShortContext, build_bound, short_context_losses
+from statewright.evaluate.curves import Curve, standard_error
+from statewright.evaluate.grid import Plan, run_plan
 from statewright.evaluate.losses import losses_into, perplexity, token_losses
+from statewright.evaluate.measure import Cost, environment
+from statewright.evaluate.metrics import METRICS, Scores, score
 from statewright.evaluate.paired import Paired, paired
-from statewright.evaluate.run import Result, evaluate
+from statewright.evaluate.run import Result, check_positions, evaluate, evaluate_batch
 
 __all__ = [
+    "METRICS",
+    "Cost",
+    "Curve",
     "Paired",
+    "Plan",
     "Result",
+    "Scores",
     "ShortContext",
     "build_bound",
+    "check_positions",
+    "environment",
     "evaluate",
+    "evaluate_batch",
     "losses_into",
     "paired",
     "perplexity",
+    "run_plan",
+    "score",
     "short_context_losses",
+    "standard_error",
     "token_losses",
 ]

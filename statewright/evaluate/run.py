@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,13 +19,22 @@ from statewright.evaluate.context import (
     build_bound,
     short_context_losses,
 )
+from statewright.evaluate.curves import (
+    Curve,
+    bits_per_byte,
+    loss_by_position,
+    score_by_depth,
+    standard_error,
+)
 from statewright.evaluate.losses import perplexity, token_losses
+from statewright.evaluate.measure import Cost, metered
+from statewright.evaluate.metrics import score
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightForCausalLM
 from statewright.policies import build_policy
 from statewright.spec import format_spec
 from statewright.tasks import TASKS, Task, build_task
-from statewright.tasks.base import IGNORED
+from statewright.tasks.base import IGNORED, Batch, Sample
 
 
 @dataclass(frozen=True)
@@ -31,8 +42,10 @@ class Result:
     """What was asked, as spec strings, and what came out.
 
     per_sample: 1 or 0 for an answer that was right or wrong (the share of right ones, if a sample
-    has several), or the mean loss in nats of a window;
-    places: where the samples' answers were.
+    has several), the mean loss in nats of a window, or an answer's score; their mean is the first
+    metric, `standard_error` its error. places: where the samples' answers were. texts: answers
+    that were compared with references. truncated: samples and tokens that a task cut to its
+    length. cost: see `Cost`.
     """
 
     task: str
@@ -43,6 +56,11 @@ class Result:
     metrics: dict[str, float]
     per_sample: tuple[float, ...]
     places: tuple[float, ...]
+    standard_error: float | None = None
+    curves: tuple[Curve, ...] = ()
+    texts: tuple[str, ...] = ()
+    truncated: dict[str, int] = field(default_factory=dict)
+    cost: Cost | None = None
 
 
 @torch.no_grad()
@@ -58,34 +76,120 @@ def evaluate(
     """Run a task: greedy answers (metric `accuracy`) or losses (`nats`, `perplexity`).
 
     A task on token ids is scored at its targets, in one pass; `chance` stands beside `accuracy`
-    where the task knows it. `policy` may also be the baseline, `context:length=512`. Samples run
-    one by one, so that no padding is involved. Raises ValueError for an unknown task, policy or
-    option, and a model that the policy cannot bound.
+    where the task knows it; a task with references is scored by its metric. `policy` may also be
+    the baseline, `context:length=512`. Samples run one by one, so that no padding is involved.
+    Raises ValueError for an unknown task, policy or option, a model that the policy cannot bound,
+    and an input longer than a learned table of positions.
     """
     chosen = build_task(task) if isinstance(task, str) else task
     if n < 1:
         raise ValueError(f"evaluate: n={n}, expected at least 1 sample")
     batch = chosen.draw(n, seed, tokenizer)
-    values = []
-    for sample in batch.samples:
-        ids = sample.input_ids.to(model.device).unsqueeze(0)
-        if sample.targets is not None:
-            values.append(_recalled(model, ids, sample.targets, policy, prefill))
-        elif batch.new_tokens:
-            text = tokenizer.decode(_continue(model, ids, batch.new_tokens, policy, prefill))
-            values.append(float(sample.answer in text))
-        else:
-            values.append(float(_losses(model, ids, policy, prefill).double().mean()))
-    mean = sum(values) / n
-    metrics = {"accuracy": mean}
-    if (chance := getattr(chosen, "chance", None)) is not None:
-        metrics["chance"] = chance
-    if not batch.new_tokens and batch.samples[0].targets is None:
+    return evaluate_batch(model, tokenizer, chosen, batch, policy, seed, prefill)
+
+
+@torch.no_grad()
+def evaluate_batch(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    task: Task,
+    batch: Batch,
+    policy: Bound | str = None,
+    seed: int = 0,
+    prefill: str = "exact",
+) -> Result:
+    """As `evaluate`, on samples that were drawn before with this seed."""
+    check_positions(model, batch)
+    found: dict[str, list] = {"values": [], "losses": [], "texts": []}
+    with metered(model) as meter:
+        for sample in batch.samples:
+            kind, value = _answer(model, tokenizer, sample, batch.new_tokens, policy, prefill)
+            found[kind].append(value)
+            meter.look()
+        cost = meter.cost(model.device)
+    metrics, per_sample, curves = _summary(tokenizer, task, batch, found)
+    cuts = [sample.cut for sample in batch.samples if sample.cut]
+    return Result(
+        spec_of(task),
+        task.version,
+        bound_spec(build_bound(policy)),
+        len(batch.samples),
+        seed,
+        metrics,
+        tuple(per_sample),
+        tuple(sample.place for sample in batch.samples),
+        standard_error(per_sample),
+        curves,
+        tuple(found["texts"]),
+        {"samples": len(cuts), "tokens": sum(cuts)} if cuts else {},
+        cost,
+    )
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    sample: Sample,
+    new_tokens: int,
+    policy: Bound | str,
+    prefill: str,
+) -> tuple[str, Any]:
+    """("values", a score), ("losses", (T - 1,)) or ("texts", an answer to be scored later)."""
+    ids = sample.input_ids.to(model.device).unsqueeze(0)
+    if sample.targets is not None:
+        return "values", _recalled(model, ids, sample.targets, policy, prefill)
+    if not new_tokens:
+        return "losses", _losses(model, ids, policy, prefill)[0].cpu()
+    if sample.references:
+        out = _continue(model, ids, new_tokens, policy, prefill, stop=True)
+        return "texts", tokenizer.decode(out, skip_special_tokens=True).strip()
+    text = tokenizer.decode(_continue(model, ids, new_tokens, policy, prefill))
+    return "values", float(sample.answer in text)
+
+
+def _summary(
+    tokenizer: Any, task: Task, batch: Batch, found: dict[str, list]
+) -> tuple[dict[str, float], Sequence[float], tuple[Curve, ...]]:
+    """Metrics, a value per sample, and curves."""
+    if losses := found["losses"]:
+        values = [float(row.double().mean()) for row in losses]
+        mean = math.fsum(values) / len(values)
+        read = [tokenizer.decode(sample.input_ids[1:]) for sample in batch.samples]
         metrics = {"nats": mean, "perplexity": perplexity(torch.tensor(values))}
-    places = tuple(sample.place for sample in batch.samples)
-    bound = bound_spec(build_bound(policy))
-    name = _spec_of(chosen)
-    return Result(name, chosen.version, bound, n, seed, metrics, tuple(values), places)
+        metrics["bits_per_byte"] = bits_per_byte(losses, read)
+        return metrics, values, (loss_by_position(losses),)
+    if texts := found["texts"]:
+        references = [sample.references for sample in batch.samples]
+        scores = score(getattr(task, "metric", ""), texts, references)
+        return scores.metrics, scores.per_sample, ()
+    values = found["values"]
+    metrics = {"accuracy": math.fsum(values) / len(values)}
+    if (chance := getattr(task, "chance", None)) is not None:
+        metrics["chance"] = chance
+    places = [sample.place for sample in batch.samples]
+    spread = len(set(places)) > 1
+    return metrics, values, (score_by_depth(places, values, "accuracy"),) if spread else ()
+
+
+def check_positions(model: PreTrainedModel, batch: Batch) -> None:
+    """ValueError if a sample and its answer are longer than a learned table of positions.
+
+    Rotary and recurrent models may be read beyond the length they were trained on.
+    """
+    longest = max(len(sample.input_ids) for sample in batch.samples) + batch.new_tokens
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = (
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding)
+        and ("pos" in name.rpartition(".")[2] or name.endswith("wpe"))
+    )
+    table = next(tables, None)
+    if limit is not None and table is not None and longest > limit:
+        raise ValueError(
+            f"evaluate: {longest} tokens, answer included, but the model's table of positions "
+            f"({table}) ends at {limit}"
+        )
 
 
 def _losses(model: PreTrainedModel, ids: Tensor, policy: Bound | str, prefill: str) -> Tensor:
@@ -95,12 +199,19 @@ def _losses(model: PreTrainedModel, ids: Tensor, policy: Bound | str, prefill: s
 
 
 def _continue(
-    model: PreTrainedModel, ids: Tensor, count: int, policy: Bound | str, prefill: str
+    model: PreTrainedModel,
+    ids: Tensor,
+    count: int,
+    policy: Bound | str,
+    prefill: str,
+    stop: bool = False,
 ) -> Tensor:
-    """Greedy new tokens (count,), without stopping early."""
+    """Greedy new tokens (count,); fewer if it may `stop` at the end of the text."""
     if isinstance(short := build_bound(policy), ShortContext):
-        return _continue(model, ids[:, -short.length :], count, "none", prefill)
-    options: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count}
+        return _continue(model, ids[:, -short.length :], count, "none", prefill, stop)
+    options: dict[str, Any] = {"max_new_tokens": count}
+    if not stop:
+        options["min_new_tokens"] = count
     if isinstance(model, StatewrightForCausalLM):
         options["policy"] = policy
     elif (chosen := build_policy(policy)) is not None:
@@ -130,7 +241,8 @@ def _recalled(
     return float(right.double().mean())
 
 
-def _spec_of(task: Task) -> str:
+def spec_of(task: Task) -> str:
+    """The string that builds the task."""
     name = next((n for n, cls in TASKS.items() if cls is type(task)), None)
     if name is None:
         return repr(task)

@@ -1,0 +1,142 @@
+"""Models x tasks x policies, each result a cell of one file; what is there is not run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from statewright.cells import Cell, read_cells, run_cells
+from statewright.evaluate.context import bound_spec, build_bound
+from statewright.evaluate.measure import environment
+from statewright.evaluate.paired import paired
+from statewright.evaluate.run import check_positions, evaluate_batch, spec_of
+from statewright.state_file import fingerprint
+from statewright.tasks import Batch, Task, build_task, digest
+
+FORMAT = "statewright-eval-1"
+Loader = Callable[[str], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: `num_samples` of every task for every seed, on every model, under every policy.
+
+    "none", the model as it is, always comes first. Raises ValueError for an unknown task or
+    policy and for an empty plan.
+    """
+
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    policies: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    num_samples: int = 20
+    prefill: str = "exact"
+
+    def __post_init__(self) -> None:
+        for name in ("models", "tasks", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: none given, expected at least one")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples={self.num_samples}, expected at least 1 sample")
+        for name in self.tasks:
+            build_task(name)
+        for name in self.policies:
+            build_bound(name)
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        """The policies as they are written in results, each once, "none" first."""
+        return tuple(dict.fromkeys(["none", *(bound_spec(build_bound(p)) for p in self.policies)]))
+
+
+def run_plan(
+    plan: Plan, load: Loader, path: str | Path | None = None, command: str = ""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, result) of every cell, in order: of the file at `path`, or run now and added to it.
+
+    `load(model)` gives a model and its tokenizer. A key names model, task, policy, seed, prefill
+    and a digest of weights and data: a file that changed under the same name is run anew. Each
+    result is a `Result` with its model and the key of its environment in `about.runs`;
+    `against_none`, the paired difference to the unbounded model, is added here. Raises
+    ValueError for what a model, a task or a policy refuses; cells before it are kept.
+    """
+    if path is not None:
+        read_cells(path)
+    for name in dict.fromkeys(plan.models):
+        model, tokenizer = load(name)
+        weights = fingerprint(model)
+        run = {**environment(model.device), "command": command}
+        run_key = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:12]
+        runner = _Runner(plan, name, model, tokenizer, run_key)
+        for text in dict.fromkeys(plan.tasks):
+            task = build_task(text)
+            for seed in dict.fromkeys(plan.seeds):
+                batch = task.draw(plan.num_samples, seed, tokenizer)
+                check_positions(model, batch)
+                cells = runner.cells(task, batch, seed, weights)
+                yield from _finished(cells, path, {"runs": {run_key: run}})
+
+
+def _finished(
+    cells: list[Cell], path: str | Path | None, about: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every cell's result; the first cell is the unbounded model."""
+    if path is not None:
+        runs = {**read_cells(path)["about"].get("runs", {}), **about["runs"]}
+        for _ in run_cells(cells, path, {"format": FORMAT, "runs": runs}):
+            pass  # each is in the file before the next begins
+    found = {} if path is None else read_cells(path)["cells"]
+    baseline: dict[str, Any] | None = None
+    for cell in cells:
+        result = found.get(cell.key) or cell.run()
+        baseline = baseline or result
+        yield cell.key, {**result, "against_none": _against(result, baseline)}
+
+
+@dataclass(frozen=True)
+class _Runner:
+    plan: Plan
+    name: str
+    model: Any
+    tokenizer: Any
+    run_key: str
+
+    def cells(self, task: Task, batch: Batch, seed: int, weights: str) -> list[Cell]:
+        """One per policy."""
+        data = hashlib.sha256((weights + digest(batch)).encode()).hexdigest()[:12]
+        head = f"{self.name} | {spec_of(task)} v{task.version}"
+        tail = f"n {len(batch.samples)}, seed {seed}, prefill {self.plan.prefill} | {data}"
+        return [
+            Cell(f"{head} | {bound} | {tail}", partial(self.run, task, batch, bound, seed))
+            for bound in self.plan.bounds
+        ]
+
+    def run(self, task: Task, batch: Batch, bound: str, seed: int) -> dict[str, Any]:
+        prefill = self.plan.prefill
+        found = evaluate_batch(self.model, self.tokenizer, task, batch, bound, seed, prefill)
+        entry = {"model": self.name, "run": self.run_key, "prefill": prefill}
+        return {**entry, **_plain(dataclasses.asdict(found))}
+
+
+def _against(result: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any] | None:
+    """The paired difference on the same samples; None if a value is not finite."""
+    pair = [result["per_sample"], baseline["per_sample"]]
+    if None in [*pair[0], *pair[1]]:
+        return None
+    return dataclasses.asdict(paired(*pair))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold; a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

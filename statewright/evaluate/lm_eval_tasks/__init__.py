@@ -1,0 +1,1 @@
+"""Our tasks for lm-eval: a YAML each, found with `--include_path` of this directory."""

@@ -1,0 +1,145 @@
+"""What a run costs: tokens, seconds, bytes of state, peak memory; and where it ran."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from statewright.evaluate.decoding import held_bytes
+from statewright.hf.bounded import BoundedCache, BoundedLayer
+from statewright.state import State
+
+_HOLDERS = ("state", "past_key_values", "cache_params")
+_PACKAGES = (
+    "statewright",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "rouge-score",
+    "lm-eval",
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """tokens: read and written, of all samples; state_bytes: the most that one sequence held after
+    a call; peak_memory_bytes: on a GPU this run's, else the process's since it began."""
+
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    state_bytes: int
+    peak_memory_bytes: int
+
+
+class Meter:
+    """Looks at every call of a model; `cost` adds up."""
+
+    def __init__(self) -> None:
+        self.tokens, self._most = 0, 0
+        self._held: tuple[Any, int] | None = None
+        self._began = time.perf_counter()
+
+    def call(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            return
+        self.tokens += ids.numel()
+        found = (getattr(output, name, None) for name in _HOLDERS)
+        holder = next((h for h in found if h is not None), None)
+        if holder is None:
+            return
+        self._held = (holder, ids.shape[0])
+        if ids.shape[1] > 1:
+            self.look()
+
+    def look(self) -> None:
+        """Measure what the last call left; single tokens are not measured one by one."""
+        if self._held is None:
+            return
+        holder, rows = self._held
+        self._most, self._held = max(self._most, _bytes(holder) // rows), None
+
+    def cost(self, device: torch.device) -> Cost:
+        self.look()
+        seconds = time.perf_counter() - self._began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+        return Cost(self.tokens, seconds, self.tokens / max(seconds, 1e-9), self._most, peak)
+
+
+def _bytes(holder: Any) -> int:
+    """Of a State or of our cache of lists what they hold; of others every storage, in full."""
+    own = isinstance(holder, BoundedCache) and all(type(x) is BoundedLayer for x in holder.layers)
+    return holder.nbytes if own or isinstance(holder, State) else held_bytes(holder)
+
+
+@contextmanager
+def metered(model: torch.nn.Module) -> Iterator[Meter]:
+    """A Meter on all calls of the model inside the block."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    meter = Meter()
+    handle = model.register_forward_hook(meter.call, with_kwargs=True)
+    try:
+        yield meter
+    finally:
+        handle.remove()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, the git hash of the source tree if it has one, and the hardware."""
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "git": _git_hash(),
+        "hardware": {
+            "device": name,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    found = (x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    return next(found, platform.machine())
+
+
+def _git_hash() -> str | None:
+    """`git describe` of the tree this package lies in: the hash, "-dirty" if it was changed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
