@@ -92,7 +92,7 @@ def _bytes(holder: Any) -> int:
 @contextmanager
 def metered(model: torch.nn.Module) -> Iterator[Meter]:
     """A Meter on all calls of the model inside the block."""
-    device = next(model.parameters()).device
+    device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     meter = Meter()
