@@ -68,3 +68,11 @@ def test_readme_table(tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "vector_scan forward (1, 16, 4)" in text and "statewright bench --suite scans" in text
     assert not table.write_readme(readme, tmp_path)
+
+
+def test_a_table_without_a_peer(tmp_path: Path) -> None:
+    case = Case("two ways", "floor: plain", {"floor: plain": lambda: None, "other": lambda: None})
+    found = as_json(measure(case, threads=1, seconds=0.0), environment("statewright bench"))
+    (tmp_path / "ways.json").write_text(json.dumps(found))
+    (line,) = [x for x in table.markdown(tmp_path).splitlines() if x.startswith("| two ways")]
+    assert line == f"| two ways | 1 | other {found['rows'][1]['to_floor']:.2f} | |"

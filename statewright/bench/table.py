@@ -46,6 +46,10 @@ def _line(case: str, threads: int, rows: dict[str, dict[str, Any]]) -> str:
     ours = next((rows[n] for n in ("native", "ours", "floor: ours", "torch") if n in rows), None)
     own = ("native", "ours", "floor")
     others = {n: r for n, r in rows.items() if not n.startswith(own)}
+    if ours is None:
+        # Ways of ours beside one floor, and no peer.
+        listed = ", ".join(f"{name} {row['to_floor']:.2f}" for name, row in others.items())
+        return f"| {case} | {threads} | {listed} | |"
     listed = ", ".join(f"{name} {row['best'] / ours['best']:.1f}x" for name, row in others.items())
     return f"| {case} | {threads} | {ours['to_floor']:.2f} | {listed} |"
 
