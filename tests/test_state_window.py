@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from recurrent_oracle import D, bounded, model, recurrence
+from recurrent_oracle import D, bounded, loop, model, recurrence
 
 from statewright import laws
 from statewright.policies import StateWindow, recurrent
-from statewright.policies.recurrent import Gates
+from statewright.policies.recurrent import Gates, RecurrentPolicy
 from statewright.state import VectorState
 
 
@@ -84,3 +84,32 @@ def test_no_drift_after_a_hundred_thousand_tokens() -> None:
     want = (v[:, -r:].double() * (-1e-6 * back).exp().view(1, -1, 1)).sum(1)
     assert laws.error(h[:, -1].double(), want) < 1e-5
     assert state.h.abs().min() > 1000 * h[:, -1].abs().max()
+
+
+@dataclass(frozen=True)
+class Banded(RecurrentPolicy):
+    """The definition for a whole model: every token sums its band, one by one."""
+
+    length: int = 1
+
+    def scan(self, next_scan, gates, state):
+        tokens = {"q": gates.q, "k": gates.k, "v": gates.v, "log_a": gates.log_a}
+        H = gates.v.shape[2]
+        for name in ("q", "k"):
+            tokens[name] = tokens[name].repeat_interleave(H // tokens[name].shape[2], 2)
+        tokens["log_a"] = tokens["log_a"].expand_as(tokens["k"])
+        o, S = loop(tokens, "statewindow", state.S, length=self.length)
+        return o, replace(state, S=S)
+
+
+def test_a_windowed_model_is_the_banded_model() -> None:
+    """S7: three layers, logits at all positions, in one call and in pieces."""
+    net = model(3)
+    ids = torch.randint(97, (2, 30), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        want = net(ids, policy=Banded(length=7)).logits
+        out = net(ids[:, :13], policy="statewindow:length=7")
+        rest = net(ids[:, 13:], state=out.state, policy="statewindow:length=7").logits
+        assert laws.error(net(ids, policy="statewindow:length=7").logits, want) < 1e-12
+        assert laws.error(torch.cat([out.logits, rest], 1), want) < 1e-12
+        assert laws.error(net(ids, policy="statewindow:length=8").logits, want) > 1e-4
