@@ -88,20 +88,15 @@ class Aaren(Mixer):
         c = c * decay + weight
         return self.output(a, c, x), _with(replace(state, h=a.flatten(1)), top, c)
 
-    def forward(
+    def run(
         self,
         x: Tensor,
-        state: State | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        policy: Policy | None = None,
+        state: State,
+        mask: Tensor | None,
+        starts: Tensor | None,
+        policy: Policy | None,
     ) -> tuple[Tensor, State]:
-        state = self.begin(x, state, mask, reset)
-        B, T, _ = x.shape
-        if T == 0:
-            return torch.empty_like(x), state
         s, v = self.scores(x)
-        starts = reset if reset is None or mask is None else reset & mask
         if mask is not None:
             s = s.masked_fill(~mask.unsqueeze(-1), _NOTHING)
         first = state.extra[_MAX].unsqueeze(1)
@@ -120,7 +115,7 @@ class Aaren(Mixer):
         h, last = vector_scan(log_a.flatten(2), b.flatten(2), h0.flatten(1), starts)
         h, last = (t.unflatten(-1, (self.num_heads, -1)) for t in (h, last))
         y = self.output(h[..., :-1], h[..., -1], x)
-        seen = advance_seen(state.seen, T, mask, reset)
+        seen = advance_seen(state.seen, x.shape[1], mask, starts)
         new = replace(state, h=last[..., :-1].flatten(1), seen=seen)
         return y, _with(new, top[:, -1], last[..., -1])
 

@@ -79,12 +79,29 @@ class Mixer(nn.Module):
         Raises ValueError for shapes that do not fit this mixer.
         """
         state = self.begin(x, state, mask, reset)
+        if x.shape[1] == 0:
+            return torch.empty_like(x), state
+        starts = reset if reset is None or mask is None else reset & mask
+        return self.run(x, state, mask, starts, policy)
+
+    def run(
+        self,
+        x: Tensor,
+        state: State,
+        mask: Tensor | None,
+        starts: Tensor | None,
+        policy: Policy | None,
+    ) -> tuple[Tensor, State]:
+        """The fast path of `forward` for checked arguments and T > 0; here `step` by `step`.
+
+        starts (B, T): the resets that count, those of unmasked tokens.
+        """
         outputs = []
         for t in range(x.shape[1]):
-            at_t = [None if flags is None else flags[:, t] for flags in (mask, reset)]
+            at_t = [None if flags is None else flags[:, t] for flags in (mask, starts)]
             y, state = self.step(x[:, t], state, *at_t)
             outputs.append(y)
-        return (torch.stack(outputs, 1) if outputs else torch.empty_like(x)), state
+        return torch.stack(outputs, 1), state
 
     def begin(
         self, x: Tensor, state: State | None, mask: Tensor | None, reset: Tensor | None
@@ -203,29 +220,23 @@ class VectorMixer(Mixer):
         sizes = {"B": batch_size, "D": self.inner_size}
         require(type(self).__name__, "state.h", state.h, "B D", **sizes)
 
-    def forward(
+    def run(
         self,
         x: Tensor,
-        state: State | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        policy: Policy | None = None,
+        state: State,
+        mask: Tensor | None,
+        starts: Tensor | None,
+        policy: Policy | None,
     ) -> tuple[Tensor, State]:
-        state = self.begin(x, state, mask, reset)
         T = x.shape[1]
-        if T == 0:
-            return torch.empty_like(x), state
         if T == 1 and not recurrent_parts(policy):
             if torch.is_grad_enabled():
                 state = replace(state, h=self._with_initial(state.h))
-            flags = [None if f is None else f[:, 0] for f in (mask, reset)]
-            y, state = self.step(x[:, 0], state, *flags)
-            return y.unsqueeze(1), state
+            return super().run(x, state, mask, starts, None)
         log_a, b = self.gates(x)
-        starts = reset if reset is None or mask is None else reset & mask
         gates = Gates(b, log_a, state.seen, mask=mask, reset=starts, initial=self.initial())
         h, new = scan(gates, state, policy)
-        return self.output(h, x), replace(new, seen=advance_seen(state.seen, T, mask, reset))
+        return self.output(h, x), replace(new, seen=advance_seen(state.seen, T, mask, starts))
 
     def _with_initial(self, h: Tensor) -> Tensor:
         """h itself, with a learned initial state in its graph although no row starts.

@@ -85,30 +85,26 @@ class NonlinearMixer(Mixer):
         hidden = self.cell(x.to(state.h.dtype), self._hidden(state), self._weights(state.h.dtype))
         return self._output(hidden[0], x), self._with(state, hidden)
 
-    def forward(
+    def run(
         self,
         x: Tensor,
-        state: State | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        policy: Policy | None = None,
+        state: VectorState,
+        mask: Tensor | None,
+        starts: Tensor | None,
+        policy: Policy | None,
     ) -> tuple[Tensor, State]:
-        state = self.begin(x, state, mask, reset)
-        if x.shape[1] == 0:
-            return torch.empty_like(x), state
+        seen = advance_seen(state.seen, x.shape[1], mask, starts)
         rows = None if mask is None else Compaction.of(mask)
-        starts = reset if reset is None or mask is None else reset & mask
         inputs = x.to(state.h.dtype)
         if rows is not None:
             inputs = rows.pack(inputs)
             starts = None if starts is None else rows.pack(starts)
-        outputs, hidden = self._run(inputs, self._hidden(state), starts, rows)
+        outputs, hidden = self._in_pieces(inputs, self._hidden(state), starts, rows)
         if rows is not None:
             outputs = rows.unpack(outputs)
-        seen = advance_seen(state.seen, x.shape[1], mask, reset)
         return self._output(outputs, x), replace(self._with(state, hidden), seen=seen)
 
-    def _run(
+    def _in_pieces(
         self, x: Tensor, hidden: Pair, starts: Tensor | None, rows: Compaction | None
     ) -> tuple[Tensor, Pair]:
         """Piece by piece between the tokens at which some row starts afresh."""

@@ -89,26 +89,23 @@ class H3(Mixer):
         kv = kv.unflatten(0, (x.shape[0], -1))
         return self._read(q, kv), self._with(state, carried, taps)
 
-    def forward(
+    def run(
         self,
         x: Tensor,
-        state: State | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        policy: Policy | None = None,
+        state: State,
+        mask: Tensor | None,
+        starts: Tensor | None,
+        policy: Policy | None,
     ) -> tuple[Tensor, State]:
-        state = self.begin(x, state, mask, reset)
         B, T, _ = x.shape
-        if T == 0:
-            return torch.empty_like(x), state
         q, k, v = self.in_proj(x).chunk(3, -1)
-        k, taps = self.shift(k, state.extra[_TAPS], mask, reset)
+        k, taps = self.shift(k, state.extra[_TAPS], mask, starts)
         kv = self._outer(k, v).movedim(2, 1).flatten(0, 1)
         copies = self.head_dim**2
-        flags = (None if f is None else f.repeat_interleave(copies, 0) for f in (mask, reset))
+        flags = (None if f is None else f.repeat_interleave(copies, 0) for f in (mask, starts))
         kv, carried = self.ssm(kv, self._carried(state), *flags)
         y = self._read(q, kv.unflatten(0, (B, -1)).movedim(1, 2))
-        seen = advance_seen(state.seen, T, mask, reset)
+        seen = advance_seen(state.seen, T, mask, starts)
         return y, replace(self._with(state, carried, taps), seen=seen)
 
     def _outer(self, k: Tensor, v: Tensor) -> Tensor:

@@ -152,35 +152,28 @@ class Hyena(Mixer):
         taps = torch.where(active.view(-1, 1, 1), taps, old_taps)
         return self.out_proj(v), self._tidied(state, k, pos, seen + active, taps)
 
-    def forward(
+    def run(
         self,
         x: Tensor,
-        state: State | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        policy: Policy | None = None,
+        state: KVState,
+        mask: Tensor | None,
+        starts: Tensor | None,
+        policy: Policy | None,
     ) -> tuple[Tensor, State]:
-        state = self.begin(x, state, mask, reset)
         T = x.shape[1]
-        if T == 0:
-            return torch.empty_like(x), state
         if T == 1:
-            y, state = self.step(
-                x[:, 0], state, *(f if f is None else f[:, 0] for f in (mask, reset))
-            )
-            return y.unsqueeze(1), state
-        parts, taps = self.conv(self.in_proj(x), state.extra[_TAPS], mask, reset)
+            return super().run(x, state, mask, starts, policy)
+        parts, taps = self.conv(self.in_proj(x), state.extra[_TAPS], mask, starts)
         rows = None if mask is None else Compaction.of(mask)
-        starts = reset if reset is None or mask is None else reset & mask
         if rows is not None:
             parts = rows.pack(parts)
             starts = None if starts is None else rows.pack(starts)
         lengths = torch.full_like(state.seen, T) if rows is None else rows.lengths
-        v, k, pos, seen = self._run(parts, state, lengths, starts)
+        v, k, pos, seen = self._in_pieces(parts, state, lengths, starts)
         v = v if rows is None else rows.unpack(v)
         return self.out_proj(v), self._tidied(state, k, pos, seen, taps)
 
-    def _run(
+    def _in_pieces(
         self, parts: Tensor, state: KVState, lengths: Tensor, starts: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Piece by piece between the tokens at which some row starts afresh."""

@@ -242,19 +242,16 @@ class StateSpaceMixer(Mixer):
         y, carried = self.ssm.update(x, state.S.flatten(2))
         return self.output(y), replace(state, S=carried.unflatten(2, (-1, 2)))
 
-    def forward(
+    def run(
         self,
         x: Tensor,
-        state: State | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        policy: Policy | None = None,
+        state: MatrixState,
+        mask: Tensor | None,
+        starts: Tensor | None,
+        policy: Policy | None,
     ) -> tuple[Tensor, State]:
-        state = self.begin(x, state, mask, reset)
-        if x.shape[1] == 0:
-            return torch.empty_like(x), state
-        y, carried = self.ssm(x, state.S.flatten(2), mask, reset)
-        seen = advance_seen(state.seen, x.shape[1], mask, reset)
+        y, carried = self.ssm(x, state.S.flatten(2), mask, starts)
+        seen = advance_seen(state.seen, x.shape[1], mask, starts)
         return self.output(y), replace(state, S=carried.unflatten(2, (-1, 2)), seen=seen)
 
 

@@ -95,28 +95,21 @@ class MatrixMixer(Mixer):
         y = self.output(o.to(x.dtype), u, rest)
         return y, self._with_taps(replace(state, S=S), taps)
 
-    def forward(
+    def run(
         self,
         x: Tensor,
-        state: State | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        policy: Policy | None = None,
+        state: MatrixState,
+        mask: Tensor | None,
+        starts: Tensor | None,
+        policy: Policy | None,
     ) -> tuple[Tensor, State]:
-        state = self.begin(x, state, mask, reset)
-        T = x.shape[1]
-        if T == 0:
-            return torch.empty_like(x), state
-        if T == 1 and not (recurrent_parts(policy) or ops.use_fused(x, state.S)):
-            flags = [None if f is None else f[:, 0] for f in (mask, reset)]
-            y, state = self.step(x[:, 0], state, *flags)
-            return y.unsqueeze(1), state
+        if x.shape[1] == 1 and not (recurrent_parts(policy) or ops.use_fused(x, state.S)):
+            return super().run(x, state, mask, starts, None)
         u, rest = self.project(x)
         taps = None
         if self.conv is not None:
-            u, taps = self.conv(u, state.extra[_TAPS], mask, reset)
+            u, taps = self.conv(u, state.extra[_TAPS], mask, starts)
             u = F.silu(u)
-        starts = reset if reset is None or mask is None else reset & mask
         o, new = self.scan(u, rest, state, mask, starts, policy)
         y = self.output(o, u, rest)
         return y, self._with_taps(new, taps)

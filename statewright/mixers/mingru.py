@@ -71,23 +71,20 @@ class MinimalMixer(VectorMixer):
     def candidate(self, c: Tensor) -> Tensor:
         return g(c) if self.form == "log" else c
 
-    def forward(
+    def run(
         self,
         x: Tensor,
-        state: State | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        policy: Policy | None = None,
+        state: State,
+        mask: Tensor | None,
+        starts: Tensor | None,
+        policy: Policy | None,
     ) -> tuple[Tensor, State]:
-        state = self.begin(x, state, mask, reset)
-        T = x.shape[1]
         factors = constant_factors(policy)
-        if T == 0 or factors is None or not ops.use_fused(x, state.h):
-            return super().forward(x, state, mask, reset, policy)
+        if factors is None or not ops.use_fused(x, state.h):
+            return super().run(x, state, mask, starts, policy)
         p = self.in_proj(x)
         if not native.supports(p):
-            return super().forward(x, state, mask, reset, policy)
-        starts = reset if reset is None or mask is None else reset & mask
+            return super().run(x, state, mask, starts, policy)
         flags = None
         if mask is not None or starts is not None:
             flags = torch.zeros(x.shape[:2], dtype=torch.uint8)
@@ -101,7 +98,7 @@ class MinimalMixer(VectorMixer):
             # Chosen for no row, yet in the graph: see policies.recurrent.
             h0 = torch.where(torch.zeros(x.shape[0], 1, dtype=torch.bool), initial, h0)
         h, h_T = self.fused(p, h0, initial, flags, factors)
-        seen = advance_seen(state.seen, T, mask, reset)
+        seen = advance_seen(state.seen, x.shape[1], mask, starts)
         return self.output(h, x), replace(state, h=h_T, seen=seen)
 
     def fused(

@@ -98,8 +98,9 @@ class WorkingSlots:
         B, H = keys.shape[:2]
         q = q.view(B, H, -1, q.shape[-1])
         if rule.placement is not None:
-            places = rule.placement.places(self.pos.narrow(2, 0, n))
-            q = rule.placement.turn(q, places[..., -1:].expand(q.shape[:-1])).to(q.dtype)
+            pos = self.pos[:, :1] if self.shared else self.pos
+            places = rule.placement.places(pos.narrow(2, 0, n))
+            q = rule.placement.turn(q, places[..., -1:]).to(q.dtype)
             keys = rule.placement.turn(keys, places).to(keys.dtype)
         looks = self.policy is not None and self.policy.needs in ("last_row", "column_sums")
         if rule.is_plain and not looks:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from statewright.tasks.base import IGNORED, Batch, Sample, Tokenizer
 
@@ -26,6 +27,7 @@ class SelectiveCopy:
     tokens: int = 16
     vocab: int = 16
     version: ClassVar[int] = 1
+    label: ClassVar[str] = "selective-copy"
 
     @property
     def chance(self) -> float:
@@ -34,14 +36,13 @@ class SelectiveCopy:
     def draw(self, n: int, seed: int, tokenizer: Tokenizer | None = None) -> Batch:
         if not 1 <= self.tokens <= self.length:
             raise ValueError(
-                f"selective-copy: length={self.length}, tokens={self.tokens}; expected at least "
+                f"{self.label}: length={self.length}, tokens={self.tokens}; expected at least "
                 "1 token to copy and a length of at least as many"
             )
         if self.vocab < 3:
-            raise ValueError(f"selective-copy: vocab={self.vocab}, expected at least 3")
+            raise ValueError(f"{self.label}: vocab={self.vocab}, expected at least 3")
         generator = torch.Generator().manual_seed(seed)
-        order = torch.rand(n, self.length, generator=generator).argsort(1)
-        places = order[:, : self.tokens].sort(1).values
+        places = self.places(n, generator)
         data = torch.randint(1, self.vocab - 1, places.shape, generator=generator)
         ids = torch.full((n, self.length + self.tokens), MARKER)
         ids[:, : self.length] = self.vocab - 1
@@ -49,3 +50,8 @@ class SelectiveCopy:
         targets = torch.full_like(ids, IGNORED)
         targets[:, self.length :] = data
         return Batch(tuple(Sample(i, targets=t) for i, t in zip(ids, targets)))
+
+    def places(self, n: int, generator: torch.Generator) -> Tensor:
+        """Where the data tokens of n samples stand, ascending: (n, tokens)."""
+        order = torch.rand(n, self.length, generator=generator).argsort(1)
+        return order[:, : self.tokens].sort(1).values
