@@ -220,3 +220,26 @@ def test_errors_name_the_smallest_budget() -> None:
             build_policy(text)
     assert build_policy("none") is None and build_policy(None) is None
     assert policy_spec(None) == "none"
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_equal_scores_leave_in_one_order_on_every_path(text: str) -> None:
+    """C.1, check 12: zero queries and keys, so that all that a query sees weighs the same."""
+    q, k, v = (torch.zeros_like(t) for t in draw())
+    policy = build_policy(text)
+    kept = run(policy, q, k, v)[1].pos.sort(-1).values
+    state = run(policy, q[:, :, :20], k[:, :, :20], v[:, :, :20])[1]
+    for t in range(20, T):
+        at = slice(t, t + 1)
+        timeline = Timeline.of(state.pos, state.seen, 1, None, None)
+        state = extend(q[:, :, at], k[:, :, at], v[:, :, at], state, timeline, RULE, policy)[1]
+    assert torch.equal(state.pos.sort(-1).values, kept)
+    sinks = getattr(policy, "sinks", 0)
+    if text.startswith("h2o"):
+        # What was seen by more queries has more mass: the oldest stay, and the recent ones.
+        recent = 3 if policy.recent is None else policy.recent
+        want = [*range(policy.budget - recent), *range(T - recent, T)]
+    else:
+        want = [*range(sinks), *range(T - policy.budget + sinks, T)]
+    if not text.startswith("lagkv"):
+        assert kept.tolist() == [[want] * H]
