@@ -7,7 +7,6 @@ All methods of a case take turns; a row is the ratio of its best time to the flo
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import os
 import platform
 import statistics
@@ -15,10 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from statewright.provenance import hardware, versions
 
 PACKAGES = ("torch", "transformers", "mingru-pytorch", "mambapy", "numpy")
 
@@ -112,30 +112,16 @@ def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def environment(command: str) -> dict[str, Any]:
     """What a result must carry to be believed: versions, processor, threads, load, allocator."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "command": command,
-        "versions": versions,
+        "versions": versions(PACKAGES),
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": hardware(),
         "cores": os.cpu_count(),
         "load_before": round(os.getloadavg()[0], 2),
         "allocator": "THP" if os.environ.get("THP_MEM_ALLOC_ENABLE") else "default",
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
 
 
 def as_json(rows: list[Row], environment: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import resource
@@ -16,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from statewright.evaluate.decoding import held_bytes
 from statewright.hf.bounded import BoundedCache, BoundedLayer
+from statewright.provenance import hardware, versions
 from statewright.state import State
 
+_SHORT, _LONG = 4, 8
 _HOLDERS = ("state", "past_key_values", "cache_params")
 _PACKAGES = (
     "statewright",
@@ -103,33 +105,43 @@ def metered(model: torch.nn.Module) -> Iterator[Meter]:
         handle.remove()
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """Measured bytes of one sequence's state: what is always there, and what each token adds."""
+
+    fixed: int
+    per_token: int
+
+
+@torch.no_grad()
+def footprint(model: Any) -> Footprint:
+    """Of any causal LM, from its state after two short texts."""
+    sizes = []
+    for length in (_SHORT, _LONG):
+        with metered(model) as meter:
+            model(a_few_ids(model, length))
+            sizes.append(meter.cost(model.device).state_bytes)
+    per_token = (sizes[1] - sizes[0]) // (_LONG - _SHORT)
+    return Footprint(sizes[0] - _SHORT * per_token, per_token)
+
+
+def a_few_ids(model: Any, length: int) -> Tensor:
+    """(1, length): ids that every model knows."""
+    size = model.config.get_text_config().vocab_size
+    return (torch.arange(length, device=model.device) % size).unsqueeze(0)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, the git hash of the source tree if it has one, and the hardware."""
-    versions: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
         "git": _git_hash(),
         "hardware": {
-            "device": name,
+            "device": hardware(device.type),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    found = (x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    return next(found, platform.machine())
 
 
 def _git_hash() -> str | None:

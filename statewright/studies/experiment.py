@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
+from statewright.provenance import hardware, versions
 from statewright.studies.cells import read_cells
 
 Listener = Callable[[dict[str, Any]], None]
@@ -70,26 +70,15 @@ class System:
 
 def about(study: str, settings: Any, command: str, device: torch.device) -> dict[str, Any]:
     """What results must carry to be believed."""
-    names = ("statewright", "torch", "numpy")
     return {
         "study": study,
         "settings": _plain(asdict(settings)),
         "command": command,
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": versions(("statewright", "torch", "numpy")),
         "python": platform.python_version(),
-        "device": _named(device),
+        "device": hardware(device.type),
         "threads": torch.get_num_threads(),
     }
-
-
-def _named(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or device.type
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), device.type)
 
 
 def check_resumable(path: str | Path, study: str, settings: Any) -> None:

@@ -121,7 +121,7 @@ class ChomskySettings(Settings):
     expansion: float = 1.0
     num_steps: int = 2000
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.01
     eval_every: int = 500
     num_eval: int = 256
