@@ -273,7 +273,7 @@ def test_settings_of_a_file_are_kept(tmp_path) -> None:
     check_resumable(path, "chomsky", ChomskySettings())
     with pytest.raises(ValueError, match="holds the study 'chomsky', not 'listops'"):
         check_resumable(path, "listops", ListOpsSettings())
-    with pytest.raises(ValueError, match=r"other settings: learning_rate=0.001 \(now 0.1\)"):
+    with pytest.raises(ValueError, match=r"other settings: learning_rate=0.003 \(now 0.1\)"):
         check_resumable(path, "chomsky", ChomskySettings(learning_rate=0.1))
 
 
