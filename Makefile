@@ -35,10 +35,12 @@ bench: .venv-bench/.ready $(VENV)/.ready ## Ratios to floors and peers; writes t
 	HF_HUB_OFFLINE=1 .venv-bench/bin/python -m statewright bench \
 		--output-dir benchmarks/results --readme README.md
 
-docs: $(VENV)/.ready ## Regenerate docs/check.md and the README's table from the results
+docs: $(VENV)/.ready ## Regenerate docs/check.md and the README's table; the site, in build/site
 	HF_HUB_OFFLINE=1 $(BIN)/python -m statewright check --all --markdown docs/check.md
 	$(BIN)/python -c "from pathlib import Path; from statewright.bench.table import write_readme; \
 		write_readme(Path('README.md'), Path('benchmarks/results'))"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

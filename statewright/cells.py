@@ -19,6 +19,25 @@ class Cell:
     run: Callable[[], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Done:
+    """A cell that has run: its result, with the `seconds` it took."""
+
+    key: str
+    result: dict[str, Any]
+
+
+Runner = Callable[[Iterable[Cell]], Iterator[Done]]
+
+
+def in_turn(cells: Iterable[Cell]) -> Iterator[Done]:
+    """Run them here, one after another."""
+    for cell in cells:
+        began = time.perf_counter()
+        result = cell.run()
+        yield Done(cell.key, {**result, "seconds": round(time.perf_counter() - began, 2)})
+
+
 def read_cells(path: str | Path) -> dict[str, Any]:
     """The file's {"about": ..., "cells": {key: result}}; empty if there is none.
 
@@ -37,31 +56,28 @@ def read_cells(path: str | Path) -> dict[str, Any]:
 
 
 def run_cells(
-    cells: Iterable[Cell], path: str | Path, about: dict[str, Any]
+    cells: Iterable[Cell], path: str | Path, about: dict[str, Any], runner: Runner = in_turn
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run what is missing, in order, and write the file after each; yields (key, result).
 
     The file is replaced, never half-written, so a run may be killed at any time and called again.
-    Each result gets `seconds`. `about` is kept per run that added something. Raises ValueError for
-    two cells with the same key.
+    Each result gets `seconds`. `about` is kept per run that added something. `runner` may run
+    cells elsewhere and side by side; only this process writes. Raises ValueError for two cells
+    with the same key.
     """
     cells = list(cells)
     keys = [cell.key for cell in cells]
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"run_cells: two cells are called {twice!r}")
-    for cell in cells:
-        if cell.key in read_cells(path)["cells"]:
-            continue
-        began = time.perf_counter()
-        result = cell.run()
-        result = {**result, "seconds": round(time.perf_counter() - began, 2)}
+    missing = (cell for cell in cells if cell.key not in read_cells(path)["cells"])
+    for done in runner(missing):
         # Read again: another process may have added cells meanwhile.
         found = read_cells(path)
         found["about"] = {**found["about"], **about}
-        found["cells"][cell.key] = result
+        found["cells"][done.key] = done.result
         write_json(path, found)
-        yield cell.key, result
+        yield done.key, done.result
 
 
 def write_json(path: str | Path, found: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ def save_state(
         "about": dict(about or {}),
     }
     header["digest"] = _digest(header, tensors)
-    _write(path, tensors, {_KEY: json.dumps(header, sort_keys=True)})
+    write_tensors(path, tensors, {_KEY: json.dumps(header, sort_keys=True)})
 
 
 def load_state(
@@ -204,7 +204,8 @@ def _packed(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, replaced as a whole; OSError if it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)

@@ -19,7 +19,8 @@ from statewright.cli.capacity import _live
 from statewright.diagnose.repair import Trial
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.studies import capacity, capacity_laws
-from statewright.studies.capacity import Study, passkey_rows
+from statewright.studies.capacity import Study
+from statewright.studies.capacity_keys import passkey_rows
 from statewright.studies.capacity_laws import (
     Law,
 )
@@ -58,6 +59,25 @@ def test_what_counts_as_a_collapse(tmp_path, monkeypatch) -> None:
     assert explodes(1.0, 1.0 + math.log(2) + 1e-6)
     assert explodes(1.0, 2.0, 1.0)  # anywhere, not only at the end
     assert explodes(1.0, math.nan) and explodes(math.nan, 1.0) and explodes(1e6, 1.0)
+
+
+def test_texts_are_as_long_as_asked(tmp_path, monkeypatch) -> None:
+    """So many training lengths, or as many tokens for every cell."""
+    read = []
+
+    def trial(model, texts, length: int, policy: str) -> Trial:
+        read.append((tuple(texts.shape), length))
+        return Trial("none", 1.0, 0.0, ((length, 1.0),))
+
+    monkeypatch.setattr(capacity, "try_policy", trial)
+    for settings in (TINY, replace(TINY, read_length=128)):
+        for length in (8, 16):
+            study(tmp_path, settings).read_on(None, length)
+    assert read == [((2, 17), 8), ((2, 33), 16), ((2, 129), 8), ((2, 129), 16)]
+    with pytest.raises(ValueError, match=r"read_length=16, expected 0 or at least twice .* 16"):
+        study(tmp_path, replace(TINY, read_length=16))
+    with pytest.raises(ValueError, match="read_length=24, expected a power of two"):
+        replace(TINY, read_length=24)
 
 
 def test_systems_differ_in_what_they_should() -> None:
@@ -108,7 +128,10 @@ def test_keys_are_trained_on_and_recalled(tmp_path) -> None:
     text = study(tmp_path, replace(settings, passkey_share=0.0, longest_recall=0), (256, 512))
     plain = text.run("official", Shape(4), 512, 0, "t")
     assert "recall" not in plain and 5 < plain["train_loss"] < 6
-    only = study(tmp_path, replace(settings, passkey_share=1.0), (256, 512))
+    alone = replace(settings, passkey_share=1.0)
+    with pytest.raises(ValueError, match="text: expected one, or passkey_share=1"):
+        study(tmp_path, alone, (256, 512))
+    only = Study(alone, (256, 512), None, text.place)
     assert only._rows(512, 0)(0) is None and only._keys(512, 0)(0)[0].shape == (2, 512)
 
 
@@ -219,7 +242,7 @@ def test_results_become_intervals_and_a_plan() -> None:
     ]
     fitted = fits(found, "low-decay")
     assert fitted["forget"].law(0.08) == pytest.approx(0.21, abs=0.07)
-    assert "0 different ones" in fitted["recall"]
+    assert list(fitted) == ["forget"]
     own, published, _ = plan(80_000, found).estimates
     assert own.low <= own.tokens / 2 < 2 * own.tokens <= own.high and not own.extrapolated
     assert own.source == "results, low-decay" and published.tokens == 0

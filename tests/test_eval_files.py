@@ -78,7 +78,7 @@ GOLDEN = {
     "copying:length=20:tokens=4": ("443465653765", "8b9805df9ca9"),
     "selective-copy:length=20:tokens=4": ("6e8e60e27059", "e487f26c9591"),
     "mqar:pairs=4:length=32": ("34fa74ea0718", "bfc6073eeeb0"),
-    "passkey:length=600": ("8c961c6464ab", "9655a2f53531"),
+    "passkey:length=600": ("198c17f591fd", "e92197bac09b"),
     "niah:length=700:keys=2:hay=It rains. The sun is out. We go home.": (
         "cf5bf4e2bf35",
         "affbc4a16be6",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ from statewright.cli.listing import list_
 from statewright.cli.lm_eval import lm_eval
 from statewright.cli.quickstart import quickstart
 from statewright.cli.repair import repair
+from statewright.cli.report import report, trace
 from statewright.cli.resize import resize
 from statewright.cli.size import size
 from statewright.cli.state import state
@@ -57,6 +59,8 @@ for verb in (
     resize,
     study,
     capacity,
+    report,
+    trace,
     bench,
     list_,
 ):
@@ -65,6 +69,10 @@ for verb in (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. A user's mistake is one line on stderr."""
+    # Before torch is loaded: threads that wait for another spin for some 30 us, not for
+    # milliseconds, during which they would keep the core from it if the machine is busy.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         code = cli.main(argv, prog_name="statewright", standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 _SUITES = ("scans", "layers", "decode", "matrix", "bounded")
-_SUITES += ("perplexity", "probes", "repairs", "resize", "memory")
+_SUITES += ("perplexity", "evaluation", "probes", "repairs", "resize", "training", "memory")
 
 
 @click.command()
@@ -24,6 +24,7 @@ def bench(suite, quick: bool, threads, output_dir: str | None, readme: str | Non
     from statewright.bench import (
         bounded,
         decode,
+        evaluation,
         layers,
         matrix,
         perplexity,
@@ -31,13 +32,14 @@ def bench(suite, quick: bool, threads, output_dir: str | None, readme: str | Non
         repairs,
         resize,
         scans,
+        training,
     )
     from statewright.bench.protocol import as_json, environment, measure
 
     console = Console()
     modules = {"scans": scans, "layers": layers, "decode": decode, "matrix": matrix}
     modules |= {"bounded": bounded, "perplexity": perplexity, "repairs": repairs, "resize": resize}
-    modules |= {"probes": probes}
+    modules |= {"training": training, "probes": probes, "evaluation": evaluation}
     for name in suite:
         command = f"statewright bench --suite {name}" + (" --quick" if quick else "")
         about = environment(command)

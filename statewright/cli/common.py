@@ -48,6 +48,20 @@ class Bytes(click.ParamType):
 BYTES = Bytes()
 
 
+class Sizes(Bytes):
+    """Several numbers of bytes, with commas between: 64KiB,1MiB."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        return tuple(super(Sizes, self).convert(one, param, ctx) for one in value.split(","))
+
+
+SIZES = Sizes()
+
+
 class Model(click.ParamType):
     """A directory, an id, or a name of `hf.pretrained`, which becomes its directory."""
 
@@ -60,6 +74,7 @@ class Model(click.ParamType):
 
 
 MODEL = Model()
+PARALLEL = "Processes that share the cells; ray, or ray://host:port of a cluster."
 
 
 class Verbs(click.Group):
@@ -122,3 +137,15 @@ def human_bytes(count: float) -> str:
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
+
+
+def device_of(name: str) -> Any:
+    """The torch device of `--device`; UsageError if it cannot be used here."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(f"--device {name}: cannot be used here") from error
+    return device

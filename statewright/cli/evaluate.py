@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, MODEL
+from statewright.cli.common import COUNT, MODEL, SIZES
+
+_MOST_COLUMNS = 5
 
 
 @click.command("eval")
@@ -32,6 +35,29 @@ from statewright.cli.common import COUNT, MODEL
 )
 @click.option("--prefill", default="exact", show_default=True, help="exact, chunk:c or dense.")
 @click.option(
+    "--bytes",
+    "sizes",
+    type=SIZES,
+    default=(),
+    metavar="SIZES",
+    help="Everybody at so many bytes of state, e.g. 64KiB,256KiB,1MiB; policies without a budget "
+    "then [default: window, window:sinks=4, h2o, tova].",
+)
+@click.option(
+    "--judge",
+    type=MODEL,
+    default="",
+    metavar="MODEL",
+    help="Compares every policy's stories with those of none, in both orders.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(("float32", "bfloat16", "float16")),
+    default="float32",
+    show_default=True,
+    help="Of weights and lists; states of recurrences stay float32.",
+)
+@click.option(
     "--output",
     type=click.Path(dir_okay=False),
     help="Results file (JSON). What it holds already is not run again, so a run that was killed "
@@ -45,6 +71,9 @@ def eval_(
     num_samples: int,
     seeds: tuple[int, ...],
     prefill: str,
+    sizes: tuple[int, ...],
+    judge: str,
+    dtype: str,
     output: str | None,
     as_json: bool,
 ) -> None:
@@ -52,38 +81,100 @@ def eval_(
 
     MODEL is a directory, an id or smollm2-135m. Each policy is compared with none, sample by
     sample: the mean difference and its standard error. --output keeps curves, seeds, versions,
-    hardware, bytes of state, peak memory and tokens per second too.
+    hardware, bytes of state, peak memory and tokens per second too. With --bytes the axis is the
+    measured bytes of state: models of one size stand where they are, ours are also grown, and
+    points out of reach are marked.
     """
+    import torch
+
     from statewright.checks.load import load_any
     from statewright.cli.common import quiet_libraries
-    from statewright.evaluate import Plan, run_plan
+    from statewright.evaluate import Plan, run_bytes, run_plan
     from statewright.models.tokenizers import saved_tokenizer
 
     quiet_libraries()
-    plan = Plan(models, tasks, policy, seeds, num_samples, prefill)
+    if sizes and judge:
+        raise click.UsageError("--judge compares policies by their budgets, not with --bytes")
+    plan = Plan(models, tasks, policy, seeds, num_samples, prefill, str(judge), sizes)
     command = " ".join(sys.argv[1:])
-    results = []
-    for _, result in run_plan(plan, lambda m: (load_any(m), saved_tokenizer(m)), output, command):
+    run, results = run_bytes if sizes else run_plan, []
+
+    def load(name: str) -> tuple[Any, Any]:
+        return load_any(name, getattr(torch, dtype)), saved_tokenizer(name)
+
+    for _, result in run(plan, load, output, command):
         _warn(result)
         results.append(result)
     if as_json:
         click.echo(json.dumps(results, indent=2))
-        return
+    elif sizes:
+        _byte_tables(results)
+    else:
+        _tables(results, named=len(models) > 1)
+
+
+def _tables(results: list[dict[str, Any]], named: bool) -> None:
+    """One per model, task and seed."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["model"], result["task"], result["seed"]), []).append(result)
     for group in groups.values():
-        _table(group, named=len(models) > 1)
+        _table(group, named)
 
 
 def _warn(result: dict[str, Any]) -> None:
     """What a length cut is said once per task, with its baseline."""
-    if result["policy"] == "none" and (cut := result["truncated"]):
+    if result["policy"] == "none" and (cut := result.get("truncated")):
         click.echo(
             f"{result['task']}: {cut['samples']} of {result['n']} inputs were cut to the length, "
             f"{cut['tokens']:,} tokens in all",
             err=True,
         )
+
+
+def _byte_tables(results: list[dict[str, Any]]) -> None:
+    """One per task: candidates by size; a point out of reach is a number, explained below."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from statewright.cli.common import human_bytes
+    from statewright.evaluate.equal_bytes import candidate_of
+
+    console = Console()
+    missing = [r for r in results if "unreachable" in r]
+    found = [r for r in results if "unreachable" not in r]
+    names = _short([r["model"] for r in results])
+    notes = list(dict.fromkeys(r["unreachable"] for r in missing))
+    sizes = sorted({r["target"] for r in results if r["target"] is not None})
+    for task in dict.fromkeys(r["task"] for r in found):
+        own = [r for r in found if r["task"] == task]
+        score = next(iter(own[0]["metrics"]))
+        table = Table(title=f"{task}: {score} (measured bytes)", title_justify="left", box=None)
+        table.add_column("candidate", overflow="fold")
+        for name in ("as it is", *map(human_bytes, sizes)):
+            table.add_column(name, justify="right")
+        places: dict[str, dict[int | None, list[str]]] = {}
+        for r in own:
+            row = places.setdefault(candidate_of(names[r["model"]], r["policy"]), {})
+            value = _number(next(iter(r["metrics"].values())))
+            row.setdefault(r["target"], []).append(
+                f"{value}\n({human_bytes(r['cost']['state_bytes'])})"
+            )
+        for r in missing:
+            row = places.setdefault(candidate_of(names[r["model"]], r["policy"]), {})
+            row[r["target"]] = [f"- [{notes.index(r['unreachable']) + 1}]"]
+        for name, row in places.items():
+            cells = ["\n".join(row.get(size, [])) for size in (None, *sizes)]
+            table.add_row(*(cell.replace("[", "\\[") for cell in [name, *cells]))
+        console.print(table)
+    for i, note in enumerate(notes, 1):
+        click.echo(f"[{i}] not reachable: {note}")
+
+
+def _short(models: list[str]) -> dict[str, str]:
+    """Each model's last part of a path, if that tells them apart."""
+    names = {model: Path(model).name for model in models}
+    return names if len(set(names.values())) == len(names) else {m: m for m in models}
 
 
 def _table(results: list[dict[str, Any]], named: bool) -> None:
@@ -96,6 +187,10 @@ def _table(results: list[dict[str, Any]], named: bool) -> None:
     title = f"{first['task']}, {first['n']} samples, seed {first['seed']}"
     title = f"{first['model']}: {title}" if named else title
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    if len(first["metrics"]) > _MOST_COLUMNS:
+        _by_metric(table, results)
+        Console().print(table)
+        return
     table.add_column("policy", overflow="fold")
     compared = next(iter(first["metrics"]))
     alone = len(results) == 1
@@ -112,6 +207,21 @@ def _table(results: list[dict[str, Any]], named: bool) -> None:
         size = human_bytes(result["cost"]["state_bytes"])
         table.add_row(result["policy"], *values, more, size)
     Console().print(table)
+
+
+def _by_metric(table: Any, results: list[dict[str, Any]]) -> None:
+    """A line per metric, a column per policy: for tasks with many."""
+    from statewright.cli.common import human_bytes
+
+    table.add_column("metric")
+    for result in results:
+        table.add_column(result["policy"], justify="right", overflow="fold")
+    for i, name in enumerate(results[0]["metrics"]):
+        values = [_number(r["metrics"].get(name)) for r in results]
+        if i == 0:
+            values = [v + _error(r["standard_error"]) for v, r in zip(values, results)]
+        table.add_row(name.replace("_per_", "/"), *values)
+    table.add_row("state", *(human_bytes(r["cost"]["state_bytes"]) for r in results))
 
 
 def _number(value: float | None) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import options_of
+from statewright.cli.common import PARALLEL, SIZES, device_of, options_of
+from statewright.cli.rl import rl
+from statewright.studies.equal_bytes_settings import TASKS, EqualBytesSettings
 from statewright.studies.settings import (
     CharLMSettings,
     ChomskySettings,
@@ -42,6 +44,9 @@ def study() -> None:
     """
 
 
+study.add_command(rl)
+
+
 def _common(command: Callable) -> Callable:
     options = (
         click.option("--output", required=True, type=click.Path(), help="The JSON file."),
@@ -50,6 +55,7 @@ def _common(command: Callable) -> Callable:
         click.option("--seed", multiple=True, type=int, default=[0], show_default=True),
         click.option("--paper", is_flag=True, help="The paper's sizes, where not said otherwise."),
         click.option("--device", default="cpu", show_default=True),
+        click.option("--parallel", default="1", show_default=True, help=PARALLEL),
     )
     for option in reversed(options):
         command = option(command)
@@ -62,12 +68,14 @@ def _run(name: str, kind: type, chosen: dict[str, Any], **more: Any) -> None:
     import shutil
     import sys
     from dataclasses import fields, replace
+    from functools import partial
 
     from rich.console import Console
 
     from statewright.studies.cells import run_cells
     from statewright.studies.experiment import Place, about, check_resumable, read_study
     from statewright.studies.figures import check_drawable
+    from statewright.studies.sweep import quiet, runner_of
 
     ctx, console = click.get_current_context(), Console()
     module = importlib.import_module(f"statewright.studies.{name.replace('-', '_')}")
@@ -78,7 +86,7 @@ def _run(name: str, kind: type, chosen: dict[str, Any], **more: Any) -> None:
         if f.name in chosen and ctx.get_parameter_source(f.name) is given
     }
     settings = replace(kind.paper() if chosen["paper"] else kind(), **said)
-    output, device = Path(chosen["output"]), _device(chosen["device"])
+    output, device = Path(chosen["output"]), device_of(chosen["device"])
     check_resumable(output, name, settings)
     if chosen["figure"]:
         check_drawable(chosen["figure"])
@@ -88,32 +96,18 @@ def _run(name: str, kind: type, chosen: dict[str, Any], **more: Any) -> None:
         shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in point.items())
         console.print("  ".join(shown), highlight=False)
 
-    cells = module.cells(
-        settings,
-        chosen["system"] or module.DEFAULT,
-        chosen["seed"],
-        Place(work, device, listen),
-        **more,
-    )
-    command = " ".join(["statewright", *sys.argv[1:]])
-    for key, result in run_cells(cells, output, about(name, settings, command, device)):
+    wanted = settings, chosen["system"] or module.DEFAULT, chosen["seed"]
+    make = partial(module.cells, *wanted, **more)
+    recipe, cells = (partial(make, place=Place(work, device, to)) for to in (quiet, listen))
+    runner = runner_of(chosen["parallel"], recipe, device.type == "cuda")
+    told = about(name, settings, " ".join(["statewright", *sys.argv[1:]]), device)
+    for key, result in run_cells(cells(), output, told, runner):
         console.print(f"[bold]{key}[/bold] done in {result['seconds']:,.0f} s", highlight=False)
     if not any(work.rglob("*.safetensors")):
         shutil.rmtree(work, ignore_errors=True)
     _show(console, module, read_study(output, name))
     if chosen["figure"]:
         _draw(output, chosen["figure"])
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise click.UsageError(f"--device {name}: cannot be used here") from error
-    return device
 
 
 def _show(console: Any, module: Any, found: dict[str, Any]) -> None:
@@ -200,6 +194,32 @@ def listops(**chosen: Any) -> None:
 def train_cost(**chosen: Any) -> None:
     """Time and memory of a training step against length, by loop and by fused kernel."""
     _run("train-cost", TrainCostSettings, chosen)
+
+
+@study.command("equal-bytes")
+@_common
+@click.option("--task", multiple=True, type=click.Choice(TASKS), help="[default: mqar, copying]")
+@click.option("--bytes", "sizes", type=SIZES, help="E.g. 4KiB,16KiB [default: 4 to 32 KiB].")
+@click.option("--policy", "policies", multiple=True, help="Without a budget, e.g. tova; repeat.")
+@options_of(
+    EqualBytesSettings,
+    {
+        "tolerance": "A model is at a size if its bytes are that close.",
+        "max_parameters": "What needs more is not trained.",
+        "grow": "Of the expanded Mamba-2, after half of the steps.",
+        "num_heads": "Of the Transformer, GLA and Mamba-2.",
+        "mlp_ratio": "Of every block.",
+        "pairs": "mqar: keys with values.",
+        "length": "mqar: tokens.",
+        "vocab": "mqar: ids.",
+        "copy_length": "copying: tokens before the markers.",
+        "copy_tokens": "copying: tokens to copy.",
+        **{name: text for name, text in _TRAINING.items() if name != "expansion"},
+    },
+)
+def equal_bytes(task: tuple[str, ...], **chosen: Any) -> None:
+    """Train every family at the same bytes of state: recall against bytes."""
+    _run("equal-bytes", EqualBytesSettings, chosen, **({"tasks": task} if task else {}))
 
 
 @study.command("figure")

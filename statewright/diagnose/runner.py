@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from statewright.diagnose.gates import Recorder, linear_layers, watched
 from statewright.diagnose.schedule import LARGEST_LOGITS
+from statewright.evaluate.losses import nats
 from statewright.models import StatewrightForCausalLM
 from statewright.policies import Policy, build_policy
 from statewright.state import ModelState
@@ -62,9 +62,3 @@ class Runner:
     @property
     def vocab_size(self) -> int:
         return self.host.config.get_text_config(decoder=True).vocab_size
-
-
-def nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of every token: logits (B, T, vocabulary), targets (B, T) -> (B, T) float32."""
-    targets = targets.to(logits.device, torch.long)
-    return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")

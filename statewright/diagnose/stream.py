@@ -20,8 +20,9 @@ from statewright.diagnose.heads import (
     recurrent_states,
     statistics,
 )
-from statewright.diagnose.runner import Runner, nats
+from statewright.diagnose.runner import Runner
 from statewright.diagnose.schedule import PROBES_PER_OCTAVE, Call, Schedule
+from statewright.evaluate.losses import nats
 from statewright.state import MatrixState, ModelState
 
 # A head this much quieter than its layer's loudest does not count as growing.

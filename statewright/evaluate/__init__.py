@@ -4,33 +4,43 @@ from __future__ import annotations
 
 from statewright.evaluate.context import ShortContext, build_bound, short_context_losses
 from statewright.evaluate.curves import Curve, standard_error
+from statewright.evaluate.equal_bytes import Missing, byte_curves, run_bytes
 from statewright.evaluate.grid import Plan, run_plan
+from statewright.evaluate.judge import Verdicts, judge
 from statewright.evaluate.losses import losses_into, perplexity, token_losses
-from statewright.evaluate.measure import Cost, environment
+from statewright.evaluate.measure import Cost, environment, footprint
 from statewright.evaluate.metrics import METRICS, Scores, score
 from statewright.evaluate.paired import Paired, paired
 from statewright.evaluate.run import Result, check_positions, evaluate, evaluate_batch
+from statewright.evaluate.stories import story_scores
 
 __all__ = [
     "METRICS",
     "Cost",
     "Curve",
+    "Missing",
     "Paired",
     "Plan",
     "Result",
     "Scores",
     "ShortContext",
+    "Verdicts",
     "build_bound",
+    "byte_curves",
     "check_positions",
     "environment",
     "evaluate",
     "evaluate_batch",
+    "footprint",
+    "judge",
     "losses_into",
     "paired",
     "perplexity",
+    "run_bytes",
     "run_plan",
     "score",
     "short_context_losses",
     "standard_error",
+    "story_scores",
     "token_losses",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 
 from statewright.cells import Cell, read_cells, run_cells
 from statewright.evaluate.context import bound_spec, build_bound
+from statewright.evaluate.judged import Judge
 from statewright.evaluate.measure import environment
 from statewright.evaluate.paired import paired
 from statewright.evaluate.run import check_positions, evaluate_batch, spec_of
@@ -28,8 +29,10 @@ Loader = Callable[[str], tuple[Any, Any]]
 class Plan:
     """What to run: `num_samples` of every task for every seed, on every model, under every policy.
 
-    "none", the model as it is, always comes first. Raises ValueError for an unknown task or
-    policy and for an empty plan.
+    "none", the model as it is, always comes first. judge: a model that compares every policy's
+    stories with those of "none". sizes: bytes of state instead of budgets, for `run_bytes`; the
+    policies then have none. Raises ValueError for an unknown task or policy, for an empty plan,
+    and for a judge without a task that is judged.
     """
 
     models: tuple[str, ...]
@@ -38,6 +41,8 @@ class Plan:
     seeds: tuple[int, ...] = (0,)
     num_samples: int = 20
     prefill: str = "exact"
+    judge: str = ""
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("models", "tasks", "seeds"):
@@ -45,15 +50,22 @@ class Plan:
                 raise ValueError(f"{name}: none given, expected at least one")
         if self.num_samples < 1:
             raise ValueError(f"num_samples={self.num_samples}, expected at least 1 sample")
-        for name in self.tasks:
-            build_task(name)
-        for name in self.policies:
+        tasks = [build_task(name) for name in self.tasks]
+        if self.judge and not any(is_judged(task) for task in tasks):
+            raise ValueError("judge: no task is judged, expected stories among the tasks")
+        if any(size < 1 for size in self.sizes):
+            raise ValueError(f"bytes={min(self.sizes)}, expected at least 1 byte")
+        for name in () if self.sizes else self.policies:
             build_bound(name)
 
     @property
     def bounds(self) -> tuple[str, ...]:
         """The policies as they are written in results, each once, "none" first."""
         return tuple(dict.fromkeys(["none", *(bound_spec(build_bound(p)) for p in self.policies)]))
+
+
+def is_judged(task: Task) -> bool:
+    return getattr(task, "judged", False)
 
 
 def run_plan(
@@ -69,59 +81,93 @@ def run_plan(
     """
     if path is not None:
         read_cells(path)
+    judge = Judge(plan.judge, *load(plan.judge)) if plan.judge else None
     for name in dict.fromkeys(plan.models):
-        model, tokenizer = load(name)
-        weights = fingerprint(model)
-        run = {**environment(model.device), "command": command}
-        run_key = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:12]
-        runner = _Runner(plan, name, model, tokenizer, run_key)
-        for text in dict.fromkeys(plan.tasks):
-            task = build_task(text)
-            for seed in dict.fromkeys(plan.seeds):
-                batch = task.draw(plan.num_samples, seed, tokenizer)
-                check_positions(model, batch)
-                cells = runner.cells(task, batch, seed, weights)
-                yield from _finished(cells, path, {"runs": {run_key: run}})
+        same = judge is not None and judge.name == name
+        model, tokenizer = (judge.model, judge.tokenizer) if judge and same else load(name)
+        candidate = Candidate(name, model, tokenizer, plan.bounds)
+        yield from run_bounds(plan, candidate, path, command, judge)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model by its name in results, and the policies that it is run under, "none" first."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    bounds: tuple[str, ...]
+
+
+def run_bounds(
+    plan: Plan,
+    candidate: Candidate,
+    path: str | Path | None,
+    command: str,
+    judge: Judge | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`run_plan` for one model."""
+    model = candidate.model
+    weights = fingerprint(model)
+    run = {**environment(model.device), "command": command}
+    run_key = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:12]
+    runner = _Runner(plan, candidate, run_key)
+    for task, batch, seed in _drawn(plan, candidate.tokenizer):
+        check_positions(model, batch)
+        about = {"runs": {run_key: run}}
+        found = list(_finished(runner.cells(task, batch, seed, weights), path, about))
+        # The first is the unbounded model, and its own baseline.
+        first = found[0][1]
+        yield from ((key, {**one, "against_none": _against(one, first)}) for key, one in found)
+        if judge is not None and is_judged(task):
+            results = [one for _, one in found]
+            verdicts = judge.cells(task, batch, results, candidate.tokenizer)
+            for key, one in _finished(verdicts, path, about):
+                even = {"per_sample": [0.5] * one["n"]}
+                yield key, {**one, "against_none": _against(one, even)}
+
+
+def _drawn(plan: Plan, tokenizer: Any) -> Iterator[tuple[Task, Batch, int]]:
+    for text in dict.fromkeys(plan.tasks):
+        task = build_task(text)
+        for seed in dict.fromkeys(plan.seeds):
+            yield task, task.draw(plan.num_samples, seed, tokenizer), seed
 
 
 def _finished(
     cells: list[Cell], path: str | Path | None, about: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every cell's result; the first cell is the unbounded model."""
-    if path is not None:
-        runs = {**read_cells(path)["about"].get("runs", {}), **about["runs"]}
-        for _ in run_cells(cells, path, {"format": FORMAT, "runs": runs}):
-            pass  # each is in the file before the next begins
-    found = {} if path is None else read_cells(path)["cells"]
-    baseline: dict[str, Any] | None = None
-    for cell in cells:
-        result = found.get(cell.key) or cell.run()
-        baseline = baseline or result
-        yield cell.key, {**result, "against_none": _against(result, baseline)}
+    """Every cell's result, each in the file before the next begins."""
+    if path is None:
+        yield from ((cell.key, cell.run()) for cell in cells)
+        return
+    runs = {**read_cells(path)["about"].get("runs", {}), **about["runs"]}
+    for _ in run_cells(cells, path, {"format": FORMAT, "runs": runs}):
+        pass
+    found = read_cells(path)["cells"]
+    yield from ((cell.key, found[cell.key]) for cell in cells)
 
 
 @dataclass(frozen=True)
 class _Runner:
     plan: Plan
-    name: str
-    model: Any
-    tokenizer: Any
+    candidate: Candidate
     run_key: str
 
     def cells(self, task: Task, batch: Batch, seed: int, weights: str) -> list[Cell]:
         """One per policy."""
         data = hashlib.sha256((weights + digest(batch)).encode()).hexdigest()[:12]
-        head = f"{self.name} | {spec_of(task)} v{task.version}"
+        head = f"{self.candidate.name} | {spec_of(task)} v{task.version}"
         tail = f"n {len(batch.samples)}, seed {seed}, prefill {self.plan.prefill} | {data}"
         return [
             Cell(f"{head} | {bound} | {tail}", partial(self.run, task, batch, bound, seed))
-            for bound in self.plan.bounds
+            for bound in self.candidate.bounds
         ]
 
     def run(self, task: Task, batch: Batch, bound: str, seed: int) -> dict[str, Any]:
-        prefill = self.plan.prefill
-        found = evaluate_batch(self.model, self.tokenizer, task, batch, bound, seed, prefill)
-        entry = {"model": self.name, "run": self.run_key, "prefill": prefill}
+        prefill, own = self.plan.prefill, self.candidate
+        found = evaluate_batch(own.model, own.tokenizer, task, batch, bound, seed, prefill, 0)
+        entry = {"model": own.name, "run": self.run_key, "prefill": prefill}
         return {**entry, **_plain(dataclasses.asdict(found))}
 
 

@@ -89,7 +89,18 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
+def string_match(texts: Sequence[str], references: References) -> Scores:
+    """Mean share of a sample's references that its text contains, in any case.
+
+    RULER's string_match_all (arXiv:2404.06654), for needles that are all asked for.
+    """
+    pairs = [(text.lower(), own) for text, own in zip(texts, references)]
+    values = tuple(math.fsum(r.lower() in text for r in own) / len(own) for text, own in pairs)
+    return Scores({"accuracy": math.fsum(values) / len(values)}, values)
+
+
 METRICS: dict[str, Callable[[Sequence[str], References], Scores]] = {
     "rouge": rouge,
     "token-f1": token_f1,
+    "string-match": string_match,
 }

@@ -9,16 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from statewright.evaluate.context import (
-    Bound,
-    ShortContext,
-    bound_spec,
-    build_bound,
-    short_context_losses,
-)
+from statewright.evaluate.answers import Answer, Manner, answers, takes_padding
+from statewright.evaluate.context import Bound, bound_spec, build_bound
 from statewright.evaluate.curves import (
     Curve,
     bits_per_byte,
@@ -26,15 +20,13 @@ from statewright.evaluate.curves import (
     score_by_depth,
     standard_error,
 )
-from statewright.evaluate.losses import perplexity, token_losses
+from statewright.evaluate.losses import perplexity
 from statewright.evaluate.measure import Cost, metered
-from statewright.evaluate.metrics import score
-from statewright.hf.bounded import BoundedCache
-from statewright.models import StatewrightForCausalLM
-from statewright.policies import build_policy
+from statewright.evaluate.metrics import Scores, score
+from statewright.evaluate.stories import story_scores
 from statewright.spec import format_spec
 from statewright.tasks import TASKS, Task, build_task
-from statewright.tasks.base import IGNORED, Batch, Sample
+from statewright.tasks.base import Batch
 
 
 @dataclass(frozen=True)
@@ -72,20 +64,22 @@ def evaluate(
     n: int = 200,
     seed: int = 0,
     prefill: str = "exact",
+    rows: int = 1,
 ) -> Result:
     """Run a task: greedy answers (metric `accuracy`) or losses (`nats`, `perplexity`).
 
     A task on token ids is scored at its targets, in one pass; `chance` stands beside `accuracy`
     where the task knows it; a task with references is scored by its metric. `policy` may also be
-    the baseline, `context:length=512`. Samples run one by one, so that no padding is involved.
-    Raises ValueError for an unknown task, policy or option, a model that the policy cannot bound,
-    and an input longer than a learned table of positions.
+    the baseline, `context:length=512`. rows: samples that share a call, padded only where they are
+    written on from and the model can take it; 0 for as many as keep a call small. Raises
+    ValueError for an unknown task, policy or option, a model that the policy cannot bound, and an
+    input longer than a table of positions.
     """
     chosen = build_task(task) if isinstance(task, str) else task
     if n < 1:
         raise ValueError(f"evaluate: n={n}, expected at least 1 sample")
     batch = chosen.draw(n, seed, tokenizer)
-    return evaluate_batch(model, tokenizer, chosen, batch, policy, seed, prefill)
+    return evaluate_batch(model, tokenizer, chosen, batch, policy, seed, prefill, rows)
 
 
 @torch.no_grad()
@@ -97,15 +91,17 @@ def evaluate_batch(
     policy: Bound | str = None,
     seed: int = 0,
     prefill: str = "exact",
+    rows: int = 1,
 ) -> Result:
     """As `evaluate`, on samples that were drawn before with this seed."""
+    if not batch.samples:
+        raise ValueError(f"evaluate: {spec_of(task)} has no samples, expected at least 1")
     check_positions(model, batch)
-    found: dict[str, list] = {"values": [], "losses": [], "texts": []}
+    padded = rows != 1 and batch.new_tokens > 0 and takes_padding(model)
+    manner = Manner(policy, prefill, rows, getattr(task, "temperature", 0.0), seed, padded)
+    textual = bool(getattr(task, "metric", ""))
     with metered(model) as meter:
-        for sample in batch.samples:
-            kind, value = _answer(model, tokenizer, sample, batch.new_tokens, policy, prefill)
-            found[kind].append(value)
-            meter.look()
+        found = answers(model, tokenizer, batch, manner, textual, meter.look)
         cost = meter.cost(model.device)
     metrics, per_sample, curves = _summary(tokenizer, task, batch, found)
     cuts = [sample.cut for sample in batch.samples if sample.cut]
@@ -120,55 +116,43 @@ def evaluate_batch(
         tuple(sample.place for sample in batch.samples),
         standard_error(per_sample),
         curves,
-        tuple(found["texts"]),
+        tuple(answer.text for answer in found if answer.text is not None),
         {"samples": len(cuts), "tokens": sum(cuts)} if cuts else {},
         cost,
     )
 
 
-def _answer(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    sample: Sample,
-    new_tokens: int,
-    policy: Bound | str,
-    prefill: str,
-) -> tuple[str, Any]:
-    """("values", a score), ("losses", (T - 1,)) or ("texts", an answer to be scored later)."""
-    ids = sample.input_ids.to(model.device).unsqueeze(0)
-    if sample.targets is not None:
-        return "values", _recalled(model, ids, sample.targets, policy, prefill)
-    if not new_tokens:
-        return "losses", _losses(model, ids, policy, prefill)[0].cpu()
-    if sample.references:
-        out = _continue(model, ids, new_tokens, policy, prefill, stop=True)
-        return "texts", tokenizer.decode(out, skip_special_tokens=True).strip()
-    text = tokenizer.decode(_continue(model, ids, new_tokens, policy, prefill))
-    return "values", float(sample.answer in text)
-
-
 def _summary(
-    tokenizer: Any, task: Task, batch: Batch, found: dict[str, list]
+    tokenizer: Any, task: Task, batch: Batch, found: Sequence[Answer]
 ) -> tuple[dict[str, float], Sequence[float], tuple[Curve, ...]]:
     """Metrics, a value per sample, and curves."""
-    if losses := found["losses"]:
+    if losses := [answer.losses for answer in found if answer.losses is not None]:
         values = [float(row.double().mean()) for row in losses]
         mean = math.fsum(values) / len(values)
         read = [tokenizer.decode(sample.input_ids[1:]) for sample in batch.samples]
         metrics = {"nats": mean, "perplexity": perplexity(torch.tensor(values))}
         metrics["bits_per_byte"] = bits_per_byte(losses, read)
         return metrics, values, (loss_by_position(losses),)
-    if texts := found["texts"]:
-        references = [sample.references for sample in batch.samples]
-        scores = score(getattr(task, "metric", ""), texts, references)
-        return scores.metrics, scores.per_sample, ()
-    values = found["values"]
-    metrics = {"accuracy": math.fsum(values) / len(values)}
-    if (chance := getattr(task, "chance", None)) is not None:
-        metrics["chance"] = chance
+    if texts := [answer.text for answer in found if answer.text is not None]:
+        scores = _scores(task, batch, texts, found)
+        return {**scores.metrics, **_chance(task)}, scores.per_sample, ()
+    values = [answer.value for answer in found if answer.value is not None]
+    metrics = {"accuracy": math.fsum(values) / len(values), **_chance(task)}
     places = [sample.place for sample in batch.samples]
     spread = len(set(places)) > 1
     return metrics, values, (score_by_depth(places, values, "accuracy"),) if spread else ()
+
+
+def _scores(task: Task, batch: Batch, texts: Sequence[str], found: Sequence[Answer]) -> Scores:
+    metric = getattr(task, "metric", "")
+    if metric == "story":
+        return story_scores(texts, [answer.tokens for answer in found])
+    return score(metric, texts, [sample.references for sample in batch.samples])
+
+
+def _chance(task: Task) -> dict[str, float]:
+    chance = getattr(task, "chance", None)
+    return {} if chance is None else {"chance": chance}
 
 
 def check_positions(model: PreTrainedModel, batch: Batch) -> None:
@@ -190,55 +174,6 @@ def check_positions(model: PreTrainedModel, batch: Batch) -> None:
             f"evaluate: {longest} tokens, answer included, but the model's table of positions "
             f"({table}) ends at {limit}"
         )
-
-
-def _losses(model: PreTrainedModel, ids: Tensor, policy: Bound | str, prefill: str) -> Tensor:
-    if isinstance(short := build_bound(policy), ShortContext):
-        return short_context_losses(model, ids, short.length)
-    return token_losses(model, ids, policy, prefill)
-
-
-def _continue(
-    model: PreTrainedModel,
-    ids: Tensor,
-    count: int,
-    policy: Bound | str,
-    prefill: str,
-    stop: bool = False,
-) -> Tensor:
-    """Greedy new tokens (count,); fewer if it may `stop` at the end of the text."""
-    if isinstance(short := build_bound(policy), ShortContext):
-        return _continue(model, ids[:, -short.length :], count, "none", prefill, stop)
-    options: dict[str, Any] = {"max_new_tokens": count}
-    if not stop:
-        options["min_new_tokens"] = count
-    if isinstance(model, StatewrightForCausalLM):
-        options["policy"] = policy
-    elif (chosen := build_policy(policy)) is not None:
-        options["past_key_values"] = BoundedCache(model, chosen, prefill)
-    mask = torch.ones_like(ids)
-    out = model.generate(ids, attention_mask=mask, do_sample=False, num_beams=1, **options)
-    return out[0, ids.shape[1] :]
-
-
-def _recalled(
-    model: PreTrainedModel, ids: Tensor, targets: Tensor, policy: Bound | str, prefill: str
-) -> float:
-    """The share of targets (T,) that are the most likely next token of ids (1, T)."""
-    if isinstance(build_bound(policy), ShortContext):
-        raise ValueError(f"evaluate: policy={policy!r} cannot score a task at its targets")
-    size = model.config.get_text_config().vocab_size
-    if int(ids.max()) >= size or int(targets.max()) >= size:
-        raise ValueError(f"evaluate: the task's token ids reach beyond the model's {size}")
-    options: dict[str, Any] = {}
-    if isinstance(model, StatewrightForCausalLM):
-        options["policy"] = policy
-    elif (chosen := build_policy(policy)) is not None:
-        options["past_key_values"] = BoundedCache(model, chosen, prefill)
-    logits = model(ids, **options).logits[0]
-    scored = targets != IGNORED
-    right = logits.argmax(-1).cpu()[scored] == targets[scored]
-    return float(right.double().mean())
 
 
 def spec_of(task: Task) -> str:

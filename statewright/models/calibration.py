@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from statewright.policies.recurrent import carried
+from statewright.state_file import write_tensors
 
 FILE = "policy.safetensors"
 Norms = tuple[Tensor, ...]
@@ -47,7 +48,7 @@ def write_norms(norms: Norms | None, directory: str | Path) -> None:
     """policy.safetensors beside the weights, if there is something to write."""
     if norms is not None:
         tensors = {f"norm.{i}": norm.contiguous() for i, norm in enumerate(norms)}
-        save_file(tensors, Path(directory) / FILE, {"format": "pt"})
+        write_tensors(Path(directory) / FILE, tensors, {"format": "pt"})
 
 
 def read_norms(directory: str | Path) -> Norms | None:

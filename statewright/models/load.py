@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from statewright import spec
 from statewright.mixers import MIXERS
@@ -19,6 +18,7 @@ from statewright.models.convert import FAMILIES
 from statewright.models.convert.family import Family
 from statewright.models.lm import StatewrightForCausalLM
 from statewright.models.weights import fit, read_weights
+from statewright.state_file import write_tensors
 
 OURS = StatewrightConfig.model_type
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "spiece", "added_tokens")
@@ -70,7 +70,7 @@ def save_as(
     for name in getattr(model, "all_tied_weights_keys", None) or ():
         tensors.pop(name, None)
     tensors = {n: t.clone() for n, t in family.weights_out(tensors).items()}
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
     if source is not None:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from statewright.report import figures
-from statewright.report.style import STYLE
+from statewright.report.html import document, section, table
 from statewright.report.svg import Chart, count
 
 _TONES = {"healthy": ("good", "✓"), "collapse": ("bad", "✗"), "amnesia": ("bad", "✗")}
@@ -22,27 +22,34 @@ def page(record: dict[str, Any]) -> str:
     """
     if record.get("format") != 1 or not record.get("runs"):
         raise ValueError("report: expected what `statewright diagnose --json` prints, format 1")
+    run = record["runs"][0]
+    title = f"{run['text']['verdict']['name']}: {run['model']}"
+    heading = f"<h1>statewright diagnose · {escape(run['model'])}</h1>"
+    inner = "\n".join(_sections(record, ""))
+    return document(title, f"<main>\n{heading}\n{inner}\n</main>")
+
+
+def as_section(record: dict[str, Any], name: str) -> str:
+    """The same as one section of a page of many; `name` is the page's only one."""
+    parts = [
+        part.replace("<h2>", "<h3>").replace("</h2>", "</h3>") for part in _sections(record, name)
+    ]
+    return section(name, f"Diagnosis of {record['runs'][0]['model']}", parts)
+
+
+def _sections(record: dict[str, Any], name: str) -> list[str]:
     runs = record["runs"]
     suffixes = [_suffix(run, runs[0]) for run in runs]
-    title = f"{runs[0]['text']['verdict']['name']}: {runs[0]['model']}"
-    sections = [
+    return [
         *(_verdict(run, suffix) for run, suffix in zip(runs, suffixes)),
         _facts(runs[0]),
-        _loss(runs, suffixes),
+        _loss(runs, suffixes, name),
         _prompts(runs[0]),
-        *(_states(run, i, suffixes[i]) for i, run in enumerate(runs)),
-        _remembrance(runs[0]),
+        *(_states(run, f"{name}{i}", suffixes[i]) for i, run in enumerate(runs)),
+        _half_lives(runs[0]),
+        _remembrance(runs[0], name),
         _footer(record),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n'
-        f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>statewright diagnose · {escape(runs[0]['model'])}</h1>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
 
 
 def _suffix(run: dict[str, Any], first: dict[str, Any]) -> str:
@@ -87,14 +94,14 @@ def _tokens(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def _loss(runs: Sequence[dict[str, Any]], suffixes: Sequence[str]) -> str:
+def _loss(runs: Sequence[dict[str, Any]], suffixes: Sequence[str], name: str) -> str:
     readings = [run["text"]["reading"] for run in runs]
     names = [f"read on{suffix}" for suffix in suffixes]
     marks = [*zip(("before", "after"), names), ("fresh", _FRESH)]
     chart = figures.loss_chart(readings)
     return (
         "<section><h2>Loss by position</h2>"
-        f"{_key(marks)}{_figure(chart, 'loss', _LOSS_CAPTION, 'wide')}"
+        f"{_key(marks)}{_figure(chart, f'{name}loss', _LOSS_CAPTION, 'wide')}"
         f"{_loss_table(readings, names)}"
         "</section>"
     )
@@ -119,7 +126,7 @@ def _loss_table(readings: Sequence[dict[str, Any]], names: Sequence[str]) -> str
         rows.append([*cells, f"{fresh[begin]:.2f}" if begin in fresh else ""])
     inside = f"{readings[0]['in_window']:.2f}"
     first = [f"up to {count(T)}", *(f"{r['in_window']:.2f}" for r in readings), inside]
-    return _table("nats per token", heads, [first, *rows])
+    return table("nats per token", heads, [first, *rows])
 
 
 def _prompts(run: dict[str, Any]) -> str:
@@ -145,10 +152,10 @@ def _prompts(run: dict[str, Any]) -> str:
         "<p>The text decides. A model may stay calm on repeated newlines or random tokens and "
         "still fail on text, or the other way round.</p>"
     )
-    return f"<section><h2>Four prompts</h2>{note}{_table('', heads, rows)}</section>"
+    return f"<section><h2>Four prompts</h2>{note}{table('', heads, rows)}</section>"
 
 
-def _states(run: dict[str, Any], number: int, suffix: str) -> str:
+def _states(run: dict[str, Any], number: str, suffix: str) -> str:
     """Norms, retention and histograms of the layers that grew most."""
     reading, verdict = run["text"]["reading"], run["text"]["verdict"]
     layers = figures.shown_layers(reading)
@@ -185,12 +192,36 @@ def _states_words(reading: dict[str, Any]) -> str:
     return text
 
 
-def _remembrance(run: dict[str, Any]) -> str:
+def _half_lives(run: dict[str, Any]) -> str:
+    """Tokens after which half of a state is left, per layer over its heads, and what is kept."""
+    reading = run["text"]["reading"]
+    rows = []
+    for layer in reading["layers"]:
+        if not layer["gates"]:
+            continue
+        last, norm = layer["gates"][-1], layer["statistics"]["norm"][-1]
+        lives = sorted(last["half_life"])
+        rows.append(
+            [
+                layer["name"],
+                *(_tokens(lives[i]) for i in (0, len(lives) // 2, -1)),
+                f"{max(last['retention']):.1%}",
+                f"{max(norm):.3g}",
+            ]
+        )
+    if not rows:
+        return ""
+    heads = ["layer", "shortest", "median", "longest", "most kept", "largest norm"]
+    caption = "tokens of half-life over heads; kept after one more training length; at the end"
+    return f"<section><h2>Half-lives</h2>{table(caption, heads, rows)}</section>"
+
+
+def _remembrance(run: dict[str, Any], name: str) -> str:
     chart = figures.remembrance_chart(run["remembrance"], run["text"]["verdict"]["memory"])
     caption = "How much the prediction changes if only the last tokens are given."
     return (
         "<section><h2>How far it remembers</h2>"
-        f'<div class="pair">{_figure(chart, "memory", caption)}</div></section>'
+        f'<div class="pair">{_figure(chart, f"{name}memory", caption)}</div></section>'
     )
 
 
@@ -211,19 +242,6 @@ def _key(marks: Sequence[tuple[str, str]]) -> str:
 def _key_of_heads() -> str:
     items = _swatch("head blamed", "a head that does not forget") + _swatch("head", "other heads")
     return f'<ul class="key">{items}</ul>'
-
-
-def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    named = f"<caption>{escape(caption)}</caption>" if caption else ""
-    table = f"<table>{named}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{table}</div>'
 
 
 def _footer(record: dict[str, Any]) -> str:

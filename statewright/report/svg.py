@@ -9,6 +9,31 @@ from html import escape
 
 Points = Sequence[tuple[float, float]]
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 40
+# Colours of the style; a series beyond them is dashed, and no two shapes in a row are alike.
+COLOURS = 8
+_SHAPES = (
+    "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0z",
+    "M-3.3-3.3h6.6v6.6h-6.6z",
+    "M0-4.4L4.2 3.2h-8.4z",
+    "M0-4.6L4.6 0L0 4.6L-4.6 0z",
+    "M0 4.4L4.2-3.2h-8.4z",
+    "M-1.4-4.2h2.8v2.8h2.8v2.8h-2.8v2.8h-2.8v-2.8h-2.8v-2.8h2.8z",
+    "M-4.6-1.8h9.2v3.6h-9.2z",
+    "M-1.8-4.6h3.6v9.2h-3.6z",
+)
+
+
+def kind_of(number: int) -> str:
+    """The classes of a series' line: its colour, and dashes beyond the colours there are."""
+    return f"s{number % COLOURS}" + (f" d{number // COLOURS}" if number >= COLOURS else "")
+
+
+def symbol(x: float, y: float, number: int) -> str:
+    shape = _SHAPES[number % len(_SHAPES)]
+    return (
+        f'<path class="mark s{number % COLOURS}" d="{shape}" '
+        f'transform="translate({x:.1f} {y:.1f})"/>'
+    )
 
 
 @dataclass(frozen=True)
@@ -100,6 +125,23 @@ class Chart:
             cx, cy = self.at(x, y)
             self.marks.append(f'<circle class="{kind}" cx="{cx:.1f}" cy="{cy:.1f}" r="3"/>')
 
+    def symbols(self, points: Points, number: int) -> None:
+        """A mark of its own shape and colour for each series, at about nine of its points."""
+        whole = [p for p in points if p[1] is not None and math.isfinite(p[1])]
+        for x, y in whole[:: math.ceil(len(whole) / 9) or 1]:
+            cx, cy = self.at(x, y)
+            self.marks.append(symbol(cx, cy, number))
+
+    def whiskers(self, points: Points, errors: Sequence[float | None], number: int) -> None:
+        """One standard error up and down."""
+        for (x, y), error in zip(points, errors):
+            if y is not None and error and math.isfinite(error) and math.isfinite(y):
+                (x0, low), (_, high) = self.at(x, y - error), self.at(x, y + error)
+                self.behind.append(
+                    f'<line class="whisker s{number % COLOURS}" x1="{x0:.1f}" x2="{x0:.1f}" '
+                    f'y1="{low:.1f}" y2="{high:.1f}"/>'
+                )
+
     def level(self, value: float, kind: str, label: str) -> None:
         """A horizontal line with its name above its right end; none outside the axis."""
         if not self.y.low <= value <= self.y.high:
@@ -159,7 +201,7 @@ class Chart:
         parts.append(
             f'<text x="{middle}" y="{self.height - 6}" text-anchor="middle">'
             f"{escape(self.x.label)}</text>"
-            f'<text x="12" y="{(_TOP + bottom) / 2}" text-anchor="middle" '
-            f'transform="rotate(-90 12 {(_TOP + bottom) / 2})">{escape(self.y.label)}</text>'
+            f'<text x="10" y="{(_TOP + bottom) / 2}" text-anchor="middle" '
+            f'transform="rotate(-90 10 {(_TOP + bottom) / 2})">{escape(self.y.label)}</text>'
         )
         return "".join(parts)

@@ -126,7 +126,8 @@ def _survivors(cells: Cells) -> list[str]:
             name, budget = _label(parts[-1])
             s = result["survivors"]
             shares = [f"{s[n]:.3f}" for n in ("recent", "first", "next_3", "up_to_25")]
-            rows.append([f"{name}, {budget}", *shares, f"{s['mean_age']:.0f}"])
+            rows.append((budget, [f"{name}, {budget}", *shares, f"{s['mean_age']:.0f}"]))
+    rows = [row for _, row in sorted(rows, key=lambda row: row[0])]
     head = ["policy", "recent", "token 1 kept", "2-4 kept", "5-25 kept", "mean age"]
     return _table(head, rows) if rows else []
 
@@ -137,6 +138,7 @@ def _classes(cells: Cells) -> list[str]:
         name, budget = _label(parts[-1])
         if name == "TOVA-layer" and "survivors" in result:
             found[budget] = result["survivors"]["survival"]
+    found = dict(sorted(found.items()))
     names = {name for survival in found.values() for name in survival}
     if not names:
         return []

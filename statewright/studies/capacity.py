@@ -20,28 +20,31 @@ from statewright.diagnose.diagnosis import rows_of
 from statewright.diagnose.repair import try_policy
 from statewright.evaluate import evaluate
 from statewright.models import StatewrightForCausalLM
-from statewright.models.tokenizers import byte_tokenizer
+from statewright.studies.capacity_keys import (
+    answer_length,
+    long_rows,
+    passkey_rows,
+    tokenizer_of,
+)
 from statewright.studies.capacity_laws import check_lengths
 from statewright.studies.capacity_model import build, config_of, state_numbers
-from statewright.studies.capacity_settings import LEAST_PASSKEY, SYSTEMS, CapacitySettings, Shape
+from statewright.studies.capacity_passing import PassingFit, passing_settings, schedule
+from statewright.studies.capacity_settings import SYSTEMS, CapacitySettings, Shape
 from statewright.studies.cells import Cell, read_cells
 from statewright.studies.experiment import Place
-from statewright.studies.fit import HELD_OUT, Fit, scored_logits, training_seed
-from statewright.tasks.base import IGNORED
+from statewright.studies.fit import Fit, make_optimizer, scored_logits, training_seed
+from statewright.studies.snapshot import load_snapshot, save_snapshot
 from statewright.tasks.passkey import Passkey
-from statewright.train.config import TrainConfig
 from statewright.train.data import Corpus, Lanes
 
 NAME = "capacity"
-# A space and five digits, one token each.
-_ANSWER = 6
-_DRAWN = 32
 
 
 class Study:
     """The grid over one text: `cells(...)` are keyed `system/size/length/seedN`.
 
-    corpus: all bytes (N,), of which the last `held_out_share` are read and the others trained on.
+    corpus: all bytes (N,), of which the last `held_out_share` are read and the others trained on;
+    None if passkey_share is 1: keys alone are trained on, and nothing is read on.
     Raises ValueError for lengths that are no powers of two or do not divide tokens_per_step, and
     for a text that is too short.
     """
@@ -50,12 +53,11 @@ class Study:
         self,
         settings: CapacitySettings,
         lengths: Sequence[int],
-        corpus: Corpus,
+        corpus: Corpus | None,
         place: Place,
     ) -> None:
-        self.settings, self.place, self.fingerprint = settings, place, corpus.fingerprint
-        self.corpus, held_out = corpus.joined().split(settings.held_out_share)
-        self.held_out = torch.from_numpy(held_out.tokens.astype("int32"))
+        self.settings, self.place = settings, place
+        self.tokenizer = tokenizer_of(settings.tokens)
         self.lengths = check_lengths(lengths)
         shortest, longest = self.lengths[0], self.lengths[-1]
         if settings.tokens_per_step % longest or shortest < 4:
@@ -63,24 +65,42 @@ class Study:
                 f"lengths: {shortest} to {longest}, expected at least 4 and divisors of "
                 f"tokens_per_step={settings.tokens_per_step}, so that all cells see equal data"
             )
-        need = settings.num_texts * (settings.times * longest + 1)
+        if settings.passkey_share and shortest < settings.least_passkey:
+            raise ValueError(
+                f"passkey_share={settings.passkey_share}: a key needs {settings.least_passkey} "
+                f"tokens, but the shortest training length is {shortest}"
+            )
+        if (corpus is None) != (settings.passkey_share == 1):
+            raise ValueError(
+                "text: expected one, or passkey_share=1, which trains on keys and nothing else"
+            )
+        self.corpus = None
+        if corpus is not None:
+            self._take(corpus, longest)
+
+    def _take(self, corpus: Corpus, longest: int) -> None:
+        """Cut the text in two; ValueError if either part is too short."""
+        settings = self.settings
+        self.corpus, held_out = corpus.joined().split(settings.held_out_share)
+        self.held_out = torch.from_numpy(held_out.tokens.astype("int32"))
+        reach = settings.reach(longest)
+        if reach < 2 * longest:
+            raise ValueError(
+                f"read_length={settings.read_length}, expected 0 or at least twice the longest "
+                f"training length, {longest}"
+            )
+        need = settings.num_texts * (reach + 1)
         if len(self.held_out) < need:
             raise ValueError(
                 f"text: {len(self.held_out):,} held-out tokens, but {settings.num_texts} texts of "
-                f"{settings.times} x {longest} + 1 tokens need {need:,}; give a longer text, fewer "
-                "texts or times, or shorter lengths"
+                f"{reach:,} + 1 tokens need {need:,}; give a longer text, fewer texts or times, "
+                "or shorter lengths"
             )
         if self.corpus.num_tokens <= settings.tokens_per_step:
             raise ValueError(
                 f"text: {self.corpus.num_tokens:,} tokens to train on, expected more than "
                 f"tokens_per_step={settings.tokens_per_step}"
             )
-        if settings.passkey_share and shortest < LEAST_PASSKEY:
-            raise ValueError(
-                f"passkey_share={settings.passkey_share}: a key needs {LEAST_PASSKEY} tokens, "
-                f"but the shortest training length is {shortest}"
-            )
-        self.tokenizer = byte_tokenizer()
 
     def cells(
         self,
@@ -107,6 +127,20 @@ class Study:
     def run(self, system: str, shape: Shape, length: int, seed: int, key: str) -> dict[str, Any]:
         """Train one model on texts of `length` tokens, then read on, and recall."""
         model = build(system, shape, self.settings, seed).to(self.place.device)
+        waiting = self.place.snapshot(f"{key}.trained")
+        found = load_snapshot(waiting, model, make_optimizer(model, self.settings))
+        result = found or self._trained(model, shape, length, seed, key)
+        if not self.settings.passing_steps or result.get("diverged"):
+            return result
+        if found is None:
+            save_snapshot(waiting, model, make_optimizer(model, self.settings), result)
+        passed = self._passed(model, length, seed, key)
+        waiting.unlink()
+        return {**result, "passed": passed}
+
+    def _trained(
+        self, model: StatewrightForCausalLM, shape: Shape, length: int, seed: int, key: str
+    ) -> dict[str, Any]:
         fit = CapacityFit(
             model,
             self.settings,
@@ -131,13 +165,45 @@ class Study:
             "millions": state_numbers(of_mamba) / 1e6,
             "length": length,
         }
-        if trained["diverged"]:
-            return {**result, "diverged": True, "explodes": True}
-        return {**result, **self.read_on(model, length), **self.recall(model)}
+        failed = trained["diverged"]
+        if failed:
+            result["diverged"] = True
+        if self.corpus is not None:
+            result |= {"explodes": True} if failed else self.read_on(model, length)
+        recalled = self.recall(None if failed else model)
+        return {**result, "recall": recalled} if recalled else result
+
+    def _passed(
+        self, model: StatewrightForCausalLM, length: int, seed: int, key: str
+    ) -> dict[str, Any]:
+        """Train on by state passing, and recall again."""
+        settings, count = self.settings, self._num_keys(length)
+        fit = PassingFit(
+            model,
+            passing_settings(settings),
+            seed,
+            lambda step: None,
+            lambda m: {},
+            self.place.snapshot(f"{key}.passing"),
+            lambda point: self.place.listen({"key": f"{key}, passing", **point}),
+        )
+        # The steps after the first training's, so that no draw is made twice.
+        first = settings.num_steps
+        fit.texts = lambda step: long_rows(
+            length,
+            settings.passing_segments,
+            count,
+            training_seed(seed, first + step),
+            self.tokenizer,
+        )
+        trained = fit.train()
+        model.eval()
+        kept = {name: trained[name] for name in ("steps", "train_loss", "diverged")}
+        return {**kept, "recall": self.recall(None if trained["diverged"] else model)}
 
     def read_on(self, model: StatewrightForCausalLM, length: int) -> dict[str, Any]:
         """Does it collapse: the worst octave's perplexity over that inside, against `explosion`."""
-        texts = rows_of(self.held_out, self.settings.times * length + 1, self.settings.num_texts)
+        texts = rows_of(self.held_out, self.settings.reach(length) + 1, self.settings.num_texts)
         trial = try_policy(model, texts, length, "none")
         worst = max((loss for _, loss in trial.octaves), key=lambda x: (math.isnan(x), x))
         ratio = math.exp(min(worst - trial.inside, 700.0))
@@ -148,15 +214,21 @@ class Study:
             "explodes": not ratio <= self.settings.explosion,
         }
 
-    def recall(self, model: StatewrightForCausalLM) -> dict[str, Any]:
-        """Passkey accuracy at every length of settings.recall_lengths, over all depths."""
-        found = {}
+    def recall(self, model: StatewrightForCausalLM | None) -> dict[str, Any]:
+        """Passkey accuracy at every length of settings.recall_lengths, over all depths.
+
+        A training that diverged leaves no model, which recalls nothing.
+        """
+        found = {str(length): 0.0 for length in self.settings.recall_lengths}
+        if model is None:
+            return found
         for length in self.settings.recall_lengths:
-            task = Passkey(length, new_tokens=_ANSWER)
-            n, seed = self.settings.num_eval, HELD_OUT + length
-            result = evaluate(model, self.tokenizer, task, n=n, seed=seed)
+            task = Passkey(length, new_tokens=answer_length(self.tokenizer))
+            # Below the seeds of all training data, which begin at 2^32.
+            n = self.settings.num_eval
+            result = evaluate(model, self.tokenizer, task, n=n, seed=length)
             found[str(length)] = result.metrics["accuracy"]
-        return {"recall": found} if found else {}
+        return found
 
     def _numbers(self, shape: Shape) -> int:
         return state_numbers(build("official", shape, self.settings, 0))
@@ -167,7 +239,7 @@ class Study:
     def _rows(self, length: int, seed: int) -> Any:
         rows = self.settings.tokens_per_step // length
         rows -= self._num_keys(length)
-        if not rows:
+        if not rows or self.corpus is None:
             return lambda step: None
         # A phase of its own: every seed's text begins elsewhere, not with the first byte.
         lanes = Lanes(self.corpus, rows, length, seed, phase=seed + 1)
@@ -182,7 +254,28 @@ class Study:
         count = self._num_keys(length)
         if not count:
             return lambda step: None
-        return lambda step: passkey_rows(length, count, training_seed(seed, step), self.tokenizer)
+
+        def keys(step: int) -> tuple[Tensor, Tensor]:
+            left = 1 - step / self.settings.easy_steps if self.settings.easy_steps else 0.0
+            return passkey_rows(
+                length, count, training_seed(seed, step), self.tokenizer, max(0.0, left)
+            )
+
+        return keys
+
+
+def grid(
+    settings: CapacitySettings,
+    lengths: Sequence[int],
+    corpus: Corpus | None,
+    place: Place,
+    shapes: Sequence[Shape],
+    seeds: Sequence[int],
+    systems: Sequence[str],
+    controls_at: str,
+) -> list[Cell]:
+    """A Study's cells, from what can be sent to another process."""
+    return Study(settings, lengths, corpus, place).cells(shapes, seeds, systems, controls_at)
 
 
 def check_same_text(path: str | Path, fingerprint: str) -> None:
@@ -196,31 +289,6 @@ def _bound(study: Study, *arguments: Any) -> Any:
     return lambda: study.run(*arguments)
 
 
-def passkey_rows(length: int, count: int, seed: int, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """ids and targets (count, length): keys at depths drawn from the seed; the answer is scored.
-
-    The needle says the key twice; its second mention can be known as well, and is scored too.
-    """
-    drawn = Passkey(length).draw(_DRAWN, seed, tokenizer).samples
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(_DRAWN, generator=generator)
-    ids = torch.full((count, length), 256)
-    targets = torch.full((count, length), IGNORED)
-    for row in range(count):
-        sample = drawn[int(chosen[row % _DRAWN])]
-        answer = torch.tensor(tokenizer.encode(f" {sample.answer}", add_special_tokens=False))
-        text = torch.cat([sample.input_ids, answer])
-        ids[row, : len(text) - 1] = text[:-1]
-        for begin in _mentions(text, answer)[1:]:
-            end = begin + len(answer)
-            targets[row, begin - 1 : end - 1] = text[begin:end]
-    return ids, targets
-
-
-def _mentions(text: Tensor, answer: Tensor) -> list[int]:
-    return (text.unfold(0, len(answer), 1) == answer).all(1).nonzero().flatten().tolist()
-
-
 class CapacityFit(Fit):
     """A Fit whose rate rises and falls, and whose keys count as much as its text."""
 
@@ -228,7 +296,7 @@ class CapacityFit(Fit):
 
     def _one_step(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         for group in optimizer.param_groups:
-            group["lr"] = self._schedule.rate(step)
+            group["lr"] = schedule(self.settings).rate(step)
         self.model.train()
         parts = [part for part in (self.batch(step), self.keys(step)) if part is not None]
         loss = sum(F.cross_entropy(*scored_logits(self.model, *part)) for part in parts)
@@ -237,13 +305,3 @@ class CapacityFit(Fit):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
-
-    @property
-    def _schedule(self) -> TrainConfig:
-        settings = self.settings
-        return TrainConfig(
-            num_steps=settings.num_steps,
-            learning_rate=settings.learning_rate,
-            num_warmup_steps=min(settings.num_warmup_steps, settings.num_steps // 4),
-            final_rate=settings.final_rate,
-        )

@@ -1,4 +1,4 @@
-"""Two panels: training lengths at which a state forgets, and lengths from which it recalls."""
+"""A panel each: training lengths at which a state forgets, lengths from which it recalls."""
 
 from __future__ import annotations
 
@@ -11,26 +11,22 @@ from statewright.studies.capacity_laws import (
     FIRST_SIZE,
     KILO,
     LAST_SIZE,
-    PUBLISHED_FORGET,
-    PUBLISHED_RECALL,
     Fitted,
     Law,
 )
-from statewright.studies.capacity_table import finite_end, fits, main_system, measured
+from statewright.studies.capacity_table import LAWS, finite_end, fits, main_system, measured
 
 _COLORS = {"low-decay": "tab:green", "official": "tab:blue", "transformer": "tab:red"}
 
 
 def draw_capacity(figure: Any, found: dict[str, Any]) -> None:
     """Intervals as bars over the state's size, the fitted law with its band, the published law."""
-    panels = figure.subplots(1, 2)
     system = main_system(found)
     laws = fits(found, system)
-    published = {"forget": PUBLISHED_FORGET, "recall": PUBLISHED_RECALL}
-    for axes, kind in zip(panels, published):
+    panels = figure.subplots(1, max(2, len(laws)))
+    for axes, (kind, fitted) in zip(panels, laws.items()):
         _intervals(axes, found, kind)
-        _published(axes, published[kind])
-        fitted = laws[kind]
+        _published(axes, LAWS[kind][1])
         if isinstance(fitted, Fitted):
             sizes = [one.millions for one in measured(found["cells"]) if one.system == system]
             _fitted(axes, fitted, min(sizes), max(sizes))

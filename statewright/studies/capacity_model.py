@@ -8,9 +8,8 @@ from torch import nn
 from statewright.diagnose.controls import scale_decay
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.state import MatrixState
+from statewright.studies.capacity_keys import tokenizer_of
 from statewright.studies.capacity_settings import SYSTEMS, CapacitySettings, Shape
-
-_VOCAB, _END = 257, 256
 
 
 def build(
@@ -43,7 +42,7 @@ def config_of(system: str, shape: Shape, settings: CapacitySettings) -> Statewri
     mamba = f"mamba2:state_size={shape.state}:head_dim={settings.head_dim}:expand={expand!r}"
     if int(expand * width) != heads * settings.head_dim:
         raise ValueError(f"size {shape}: {heads} heads are no multiple of width {width} that fits")
-    config = _config(width, depth, mamba, 0)
+    config = _config(width, depth, mamba, 0, settings.tokens)
     if system != "transformer":
         return config
     return _equal(width, depth, num_parameters(config), settings)
@@ -65,19 +64,20 @@ def _equal(width: int, depth: int, wanted: int, settings: CapacitySettings) -> S
     if width % (2 * heads):
         raise ValueError(f"transformer: {heads} heads do not divide width {width} into even parts")
     mixer = f"attention:num_heads={heads}"
-    least, more = (num_parameters(_config(width, depth, mixer, m)) for m in (1, 2))
+    least, more = (num_parameters(_config(width, depth, mixer, m, settings.tokens)) for m in (1, 2))
     size = 1 + round((wanted - least) / (more - least))
     if size < 1:
         raise ValueError(
             f"transformer: its attention alone has more than the {wanted:,} parameters of the "
             "Mamba-2 that it is to equal"
         )
-    return _config(width, depth, mixer, size)
+    return _config(width, depth, mixer, size, settings.tokens)
 
 
-def _config(width: int, depth: int, mixer: str, mlp_size: int) -> StatewrightConfig:
+def _config(width: int, depth: int, mixer: str, mlp_size: int, tokens: str) -> StatewrightConfig:
+    tokenizer = tokenizer_of(tokens)
     return StatewrightConfig(
-        vocab_size=_VOCAB,
+        vocab_size=len(tokenizer),
         hidden_size=width,
         num_hidden_layers=depth,
         mixer=mixer,
@@ -85,5 +85,5 @@ def _config(width: int, depth: int, mixer: str, mlp_size: int) -> StatewrightCon
         mlp_ratio=0.0,
         mlp_size=mlp_size or None,
         tie_word_embeddings=True,
-        eos_token_id=_END,
+        eos_token_id=tokenizer.eos_token_id,
     )

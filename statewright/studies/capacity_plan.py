@@ -13,6 +13,7 @@ from statewright.studies.capacity_laws import (
     LAST_SIZE,
     PUBLISHED_FORGET,
     PUBLISHED_RECALL,
+    Fitted,
     Law,
 )
 from statewright.studies.capacity_table import fits, main_system, points
@@ -89,10 +90,12 @@ def _published(kind: str, law: Law, millions: float) -> Estimate:
 
 def _of_results(found: Mapping[str, Any], millions: float) -> list[Estimate]:
     system, estimates = main_system(found), []
-    for kind, fitted in fits(found, system).items():
-        if isinstance(fitted, str):
-            if kind == "forget":
-                raise ValueError(f"plan: the results allow no fit ({fitted})")
+    laws = fits(found, system)
+    if not isinstance(laws.get("forget"), Fitted):
+        why = laws.get("forget", "no model was read on beyond its training length")
+        raise ValueError(f"plan: the results allow no fit ({why})")
+    for kind, fitted in laws.items():
+        if isinstance(fitted, str) or kind == "passed":
             continue
         sizes = [point.millions for point in points(found, kind, system)]
         outside = not min(sizes) <= millions <= max(sizes)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from statewright.studies.settings import Settings
 
 SYSTEMS = ("low-decay", "official", "transformer")
-# Bytes of the passkey's beginning, question and one line: a shorter text has no room for a key.
-LEAST_PASSKEY = 256
+TOKENS = ("bytes", "words")
+# A shorter text has no room for the passkey's beginning, question, one line and an answer.
+LEAST_PASSKEY = {"bytes": 256, "words": 128}
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class CapacitySettings(Settings):
-    """A byte-level grid: every cell sees `num_steps` x `tokens_per_step` tokens in rows of T.
+    """A grid of small models: every cell sees `num_steps` x `tokens_per_step` tokens in rows of T.
 
     decay_scale: of the initial decay rate, low-decay only. times: texts of so many training
-    lengths are read. explosion: perplexity beyond the training length over that within, a collapse.
-    passkey_share: of the rows, with a key to recall. longest_recall: tokens; 0 measures none.
+    lengths are read, or of read_length tokens if that is not 0. explosion: perplexity beyond the
+    training length over that within, a collapse. passkey_share: of the rows, with a key to recall;
+    1 needs no text. easy_steps: until a key is said but once. longest_recall: tokens; 0 measures
+    none. passing_steps: more steps, on texts of up to passing_segments training lengths, by state
+    passing, at passing_rate (0: learning_rate); recall is measured before and after.
     """
 
     hidden_size: int = 96
@@ -70,16 +74,23 @@ class CapacitySettings(Settings):
     eval_every: int = 100
     save_every: int = 100
     times: int = 32
+    read_length: int = 0
     num_texts: int = 4
     held_out_share: float = 0.25
     explosion: float = 2.0
+    tokens: Literal["bytes", "words"] = "bytes"
     passkey_share: float = 0.0
+    easy_steps: int = 0
+    passing_steps: int = 0
+    passing_segments: int = 8
+    passing_rate: float = 0.0
     longest_recall: int = 0
     num_eval: int = 40
     recall_threshold: float = 0.95
     LEAST: ClassVar[dict[str, int]] = {
         "num_layers": 1, "head_dim": 1, "tokens_per_step": 1, "num_warmup_steps": 0, "times": 2,
-        "num_texts": 1, "longest_recall": 0,
+        "num_texts": 1, "longest_recall": 0, "read_length": 0,
+        "easy_steps": 0, "passing_steps": 0, "passing_segments": 1, "passing_rate": 0,
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -94,18 +105,47 @@ class CapacitySettings(Settings):
             raise ValueError(f"held_out_share={self.held_out_share}, expected between 0 and 1")
         if not 0 <= self.passkey_share <= 1:
             raise ValueError(f"passkey_share={self.passkey_share}, expected a share, 0 to 1")
-        for name in ("times", "longest_recall"):
+        for name in ("times", "read_length", "longest_recall"):
             if getattr(self, name) & (getattr(self, name) - 1):
                 raise ValueError(f"{name}={getattr(self, name)}, expected a power of two")
-        if 0 < self.longest_recall < 2 * LEAST_PASSKEY:
+        if self.tokens not in TOKENS:
+            raise ValueError(f"tokens={self.tokens!r}, expected one of {', '.join(TOKENS)}")
+        least = 2 * self.least_passkey
+        if 0 < self.longest_recall < least:
             raise ValueError(
-                f"longest_recall={self.longest_recall}, expected 0 or at least {2 * LEAST_PASSKEY}"
+                f"longest_recall={self.longest_recall}, expected 0 or at least {least}"
             )
+        for name in ("tokens", "passing_steps"):
+            if getattr(self, name) not in (0, "bytes") and self.passkey_share != 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs passkey_share=1: keys and no other text"
+                )
+
+    @classmethod
+    def recall_alone(cls) -> CapacitySettings:
+        """Keys and nothing else, one token per word: recall before and after state passing."""
+        return cls(
+            hidden_size=64,
+            learning_rate=5e-3,
+            passkey_share=1.0,
+            tokens="words",
+            easy_steps=300,
+            passing_steps=300,
+            longest_recall=8192,
+        )
+
+    def reach(self, length: int) -> int:
+        """Tokens that are read on by a model trained at `length`."""
+        return self.read_length or self.times * length
+
+    @property
+    def least_passkey(self) -> int:
+        return LEAST_PASSKEY[self.tokens]
 
     @property
     def recall_lengths(self) -> tuple[int, ...]:
         """Powers of two that have room for a key, up to longest_recall."""
-        found, length = [], LEAST_PASSKEY
+        found, length = [], self.least_passkey
         while length <= self.longest_recall:
             found.append(length)
             length *= 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +24,26 @@ from statewright.studies.censored import Interval
 
 NOTE = (
     "T_forget: the least training length beyond which no octave's perplexity on real text is more "
-    "than {explosion:g} times that within, read to {times} training lengths (a mean within where "
-    "arXiv:2410.07145 takes the maximum: stricter). T_recall: the longest text with passkey >= "
-    "{threshold:.0%}. Bands: 95 % over resampled seeds; the grid's own steps, a factor of two, "
-    "come on top."
+    "than {explosion:g} times that within, read to {reach} (a mean within where arXiv:2410.07145 "
+    "takes the maximum: stricter). T_recall: the longest text with passkey >= {threshold:.0%}; "
+    "T_passed: the same after more steps, by state passing; what more steps alone do is told by "
+    "a run with passing_segments=1. Bands: 95 % over resampled seeds; the grid's own steps, a "
+    "factor of two, come on top."
 )
+# How each is fitted, and what was published.
+LAWS = {
+    "forget": (fit_forget, PUBLISHED_FORGET),
+    "recall": (fit_recall, PUBLISHED_RECALL),
+    "passed": (fit_recall, PUBLISHED_RECALL),
+}
 
 
 @dataclass(frozen=True)
 class Measured:
     """One system, size and seed: where its lengths lie (tokens), by what was run so far.
 
-    odd: a longer training length explodes although a shorter one does not.
+    passed: as recall, after state passing. odd: a longer training length explodes although a
+    shorter one does not.
     """
 
     system: str
@@ -43,8 +51,9 @@ class Measured:
     seed: int
     millions: float
     parameters: int
-    forget: Interval
+    forget: Interval | None
     recall: Interval | None
+    passed: Interval | None
     odd: bool
 
 
@@ -58,29 +67,33 @@ def measured(cells: Mapping[str, Any]) -> list[Measured]:
 
 
 def _measured(system: str, size: str, seed: int, group: list[dict[str, Any]]) -> Measured:
-    explodes = {cell["length"]: bool(cell["explodes"]) for cell in group}
+    explodes = {c["length"]: bool(c["explodes"]) for c in group if "explodes" in c}
     in_order = [explodes[length] for length in sorted(explodes)]
-    # A size recalls what the best of its training lengths recalls.
-    recalls = [
-        recall_interval({int(n): a for n, a in cell["recall"].items()})
-        for cell in group
-        if cell.get("recall")
-    ]
-    recall = max(recalls, key=lambda i: i.low, default=None)
     return Measured(
         system,
         size,
         seed,
         group[0]["millions"],
         group[0]["parameters"],
-        forget_interval(explodes),
-        recall,
+        forget_interval(explodes) if explodes else None,
+        _recall(group),
+        _recall([cell["passed"] for cell in group if "passed" in cell]),
         any(later and not now for now, later in zip(in_order, in_order[1:])),
     )
 
 
+def _recall(group: Sequence[Mapping[str, Any]]) -> Interval | None:
+    """A size recalls what the best of its training lengths recalls."""
+    recalls = [
+        recall_interval({int(n): a for n, a in one["recall"].items()})
+        for one in group
+        if one.get("recall")
+    ]
+    return max(recalls, key=lambda i: i.low, default=None)
+
+
 def rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One per system and size: each seed's intervals, and what the published laws say."""
+    """One per system and size: each seed's intervals of what was measured."""
     gathered: dict[tuple[str, str], list[Measured]] = {}
     for one in measured(found["cells"]):
         gathered.setdefault((one.system, one.size), []).append(one)
@@ -89,7 +102,6 @@ def rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
         gathered.items(), key=lambda e: (e[0][0], e[1][0].millions)
     ):
         first = seeds[0]
-        recalls = [one.recall for one in seeds if one.recall is not None]
         state = "list" if system == "transformer" else f"{first.millions:.4g}"
         shown.append(
             {
@@ -98,26 +110,37 @@ def rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
                 "N_S (M)": state,
                 "parameters": f"{first.parameters:,}",
                 "seeds": str(len(seeds)),
-                "T_forget": "  ".join(f"{one.forget}{'!' if one.odd else ''}" for one in seeds),
-                "T_recall": "  ".join(map(str, recalls)) or "-",
+                **{f"T_{kind}": _listed(seeds, kind) for kind in kinds(found)},
             }
         )
     return shown
 
 
+def _listed(seeds: Sequence[Measured], kind: str) -> str:
+    """Each seed's interval; `!` where a longer training length explodes after all."""
+    pairs = [(getattr(one, kind), one.odd and kind == "forget") for one in seeds]
+    return "  ".join(f"{i}{'!' * odd}" for i, odd in pairs if i is not None) or "-"
+
+
 def points(found: Mapping[str, Any], kind: str, system: str) -> list[Point]:
-    """The intervals of a system in K tokens; kind: `forget` or `recall`."""
+    """The intervals of a system in K tokens; kind: `forget`, `recall`, `passed`."""
     chosen = [one for one in measured(found["cells"]) if one.system == system]
     pairs = [(one, getattr(one, kind)) for one in chosen]
     return [Point(o.millions, o.seed, i.scaled(1 / KILO)) for o, i in pairs if i is not None]
 
 
+def kinds(found: Mapping[str, Any]) -> list[str]:
+    """What was measured of any system."""
+    every = measured(found["cells"])
+    return [kind for kind in LAWS if any(getattr(one, kind) is not None for one in every)]
+
+
 def fits(found: Mapping[str, Any], system: str) -> dict[str, Fitted | str]:
-    """The two laws of a system, or the reason why there is none yet."""
+    """The laws of what was measured of a system, or the reason why there is none yet."""
     laws: dict[str, Fitted | str] = {}
-    for kind, fit in (("forget", fit_forget), ("recall", fit_recall)):
+    for kind in kinds(found):
         try:
-            laws[kind] = fit(points(found, kind, system))
+            laws[kind] = LAWS[kind][0](points(found, kind, system))
         except ValueError as error:
             laws[kind] = str(error)
     return laws
@@ -132,7 +155,6 @@ def main_system(found: Mapping[str, Any]) -> str:
 def said(found: Mapping[str, Any]) -> list[str]:
     """The fitted laws with their bands at the smallest and largest size, and the published ones."""
     system, settings = main_system(found), found["about"]["settings"]
-    published = {"forget": PUBLISHED_FORGET, "recall": PUBLISHED_RECALL}
     lines = []
     for kind, fitted in fits(found, system).items():
         law = f"T_{kind} [K] = "
@@ -140,13 +162,18 @@ def said(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"{system}: no fit of T_{kind} ({fitted})")
         else:
             lines.append(f"{system}: {law}{fitted.law}{_bands(fitted, found, kind, system)}")
-        lines.append(f"published, {FIRST_SIZE} to {LAST_SIZE} M: {law}{published[kind]}")
+        lines.append(f"published, {FIRST_SIZE} to {LAST_SIZE} M: {law}{LAWS[kind][1]}")
     note = NOTE.format(
         explosion=settings["explosion"],
-        times=settings["times"],
+        reach=_reach(settings),
         threshold=settings["recall_threshold"],
     )
     return [*lines, note]
+
+
+def _reach(settings: Mapping[str, Any]) -> str:
+    tokens = settings.get("read_length", 0)
+    return f"{tokens:,} tokens" if tokens else f"{settings['times']} training lengths"
 
 
 def _bands(fitted: Fitted, found: Mapping[str, Any], kind: str, system: str) -> str:

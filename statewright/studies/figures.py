@@ -8,6 +8,7 @@ from typing import Any
 
 from statewright.studies import algorithmic, char_lm, selective_copy, train_cost
 from statewright.studies.capacity_figure import draw_capacity
+from statewright.studies.equal_bytes_table import draw_equal_bytes
 from statewright.studies.experiment import mean_and_deviation, over_seeds, read_study
 
 _DATES = {".png": None, ".svg": "Date", ".pdf": "CreationDate"}
@@ -29,6 +30,7 @@ def draw(results: str | Path, figure: str | Path) -> None:
     Raises ValueError if there is nothing to draw, or matplotlib is not installed.
     """
     check_drawable(figure)
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     found = read_study(results)
@@ -38,9 +40,10 @@ def draw(results: str | Path, figure: str | Path) -> None:
     canvas = Figure(figsize=(10, 4.5), layout="constrained")
     _FIGURES[study](canvas, found)
     Path(figure).parent.mkdir(parents=True, exist_ok=True)
-    # No date inside, so that the same results give the same file.
+    # No date and no random names inside, so that the same results give the same file.
     date = _DATES[Path(figure).suffix]
-    canvas.savefig(figure, dpi=150, metadata={} if date is None else {date: None})
+    with rc_context({"svg.hashsalt": "statewright"}):
+        canvas.savefig(figure, dpi=150, metadata={} if date is None else {date: None})
 
 
 def _selective_copy(figure: Any, found: dict[str, Any]) -> None:
@@ -176,4 +179,5 @@ _FIGURES: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "listops": _algorithmic,
     train_cost.NAME: _train_cost,
     "capacity": draw_capacity,
+    "equal-bytes": draw_equal_bytes,
 }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
+
+from statewright.state_file import write_tensors
 
 _RUN, _MODEL, _OPTIMIZER = "run", "model.", "optimizer."
 
@@ -25,13 +25,7 @@ def save_snapshot(
         for kind, value in entries.items():
             tensors[f"{_OPTIMIZER}{kind}:{names[parameter]}"] = value
     tensors = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, scratch, {_RUN: json.dumps(record)})
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_tensors(path, tensors, {_RUN: json.dumps(record)})
 
 
 def load_snapshot(

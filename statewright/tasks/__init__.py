@@ -16,10 +16,13 @@ from statewright.tasks.perplexity import Perplexity
 from statewright.tasks.qasper import QASPER
 from statewright.tasks.selective_copy import SelectiveCopy
 from statewright.tasks.squality import SQuALITY
+from statewright.tasks.stories import Stories
+from statewright.tasks.stream import Stream
 
 TASKS: dict[str, type] = {
     "passkey": Passkey,
     "perplexity": Perplexity,
+    "stream": Stream,
     "newline": Newline,
     "mqar": MQAR,
     "niah": NIAH,
@@ -28,6 +31,7 @@ TASKS: dict[str, type] = {
     "selective-copy": SelectiveCopy,
     "squality": SQuALITY,
     "qasper": QASPER,
+    "stories": Stories,
     **CHOMSKY,
     "listops": ListOps,
 }
@@ -54,6 +58,8 @@ __all__ = [
     "SQuALITY",
     "Sample",
     "SelectiveCopy",
+    "Stories",
+    "Stream",
     "Task",
     "build_task",
     "by_depth",

@@ -1,4 +1,4 @@
-"""Needle in a haystack, single and multi-key, in RULER's style, with a book as hay."""
+"""Needles in a haystack: single, multi-key, multi-value and multi-query, in RULER's style."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from statewright.tasks.base import Batch, Sample, Tokenizer, encode
+from statewright.tasks.reading import read_data
 
 PREFIX = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize "
@@ -22,6 +22,11 @@ QUESTION = (
     "\nWhat is the special magic number for {key} mentioned in the text? "
     "The special magic number for {key} mentioned in the text is"
 )
+SEVERAL = (
+    "\nWhat are all the special magic numbers for {key} mentioned in the text? "
+    "The special magic numbers for {key} mentioned in the text are"
+)
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _FIRST = (
     "amber bold calm dark early faint gentle hollow icy jolly keen lucky mellow noble odd plain"
 )
@@ -32,15 +37,16 @@ _SENTENCE = re.compile(r"\S.*?[.!?][\"'\u201d\u2019]?(?=\s|$)", re.DOTALL)
 
 @dataclass(frozen=True)
 class NIAH:
-    """Find the number that belongs to a key among `keys` needles in a book (arXiv:2404.06654).
+    """Find the numbers of `queries` keys among `keys` x `values` needles (RULER, arXiv:2404.06654).
 
-    keys = 1 is RULER's NIAH-Single-2 (essay hay, word key, 7-digit number), keys = 4 its
-    Multi-Key-1. The hay is sentences of `text` (a path) or `hay` (the text itself) from a random
-    one on, as many as fit into `length` tokens. The asked needle stands before sentence
-    int(depth * sentences), depth (i + 0.5) / n for sample i of n; the others stand anywhere.
-    Greedy; right if the number is part of the continuation. Chance: 1 / keys, for a model that
-    repeats any needle; for one needle a guessed number. Differs from RULER: our prompts, keys and
-    book. Raises ValueError for a missing text and a length without room for a sentence.
+    keys=1 is RULER's Single-2 (filler="noise": Single-1), keys=4 its Multi-Key-1 (filler="needles":
+    Multi-Key-2, all other needles), values=4 its Multi-Value, queries=4 its Multi-Query. The hay,
+    sentences of `text` (a path) or `hay` from a random one on, fills `length` tokens. One asked
+    needle stands before sentence int(depth * sentences), depth (i + 0.5) / n for sample i of n;
+    all others anywhere. Greedy, `new_tokens` per number asked; the score is the share of the
+    numbers in the continuation. Chance: as many needles as are asked, any; for one needle a guess.
+    Differs from RULER: our prompts, names and book, and the depths of one needle are even.
+    Raises ValueError for a missing text and a length without room for a sentence.
     """
 
     length: int = 4096
@@ -48,49 +54,104 @@ class NIAH:
     text: str = ""
     hay: str = ""
     new_tokens: int = 16
+    values: int = 1
+    queries: int = 1
+    filler: Literal["book", "noise", "needles"] = "book"
     version: ClassVar[int] = 1
 
     @property
-    def chance(self) -> float:
-        return 1 / self.keys if self.keys > 1 else 1 / 9_000_000
+    def num_keys(self) -> int:
+        return max(self.keys, self.queries)
+
+    @property
+    def asked(self) -> int:
+        """How many numbers are asked for."""
+        return self.queries * self.values
+
+    @property
+    def metric(self) -> str:
+        return "string-match" if self.asked > 1 else ""
+
+    @property
+    def chance(self) -> float | None:
+        """None where all hay is needles: their number is up to the tokenizer."""
+        if self.filler == "needles":
+            return None
+        return self.queries / self.num_keys if self.num_keys > self.queries else 1 / 9_000_000
 
     def draw(self, n: int, seed: int, tokenizer: Tokenizer) -> Batch:
-        if not 1 <= self.keys <= len(NAMES):
-            raise ValueError(f"niah: keys={self.keys}, expected 1 to {len(NAMES)}")
-        sentences = self._sentences()
-        prefix = encode(tokenizer, PREFIX)
+        self._check()
         generator = torch.Generator().manual_seed(seed)
-        samples = []
-        for i in range(n):
-            chosen = torch.randperm(len(NAMES), generator=generator)[: self.keys]
-            names = [NAMES[j] for j in chosen]
-            numbers = torch.randint(1_000_000, 10_000_000, (self.keys,), generator=generator)
-            begin = int(torch.randint(len(sentences), (), generator=generator))
-            depth = (i + 0.5) / n
-            places = [depth, *torch.rand(self.keys - 1, generator=generator).tolist()]
-            needles = [
-                encode(tokenizer, NEEDLE.format(key=name, value=int(value)))
-                for name, value in zip(names, numbers)
-            ]
-            question = encode(tokenizer, QUESTION.format(key=names[0]))
-            room = self.length - sum(map(len, [prefix, question, *needles]))
+        sentences = self._sentences()
+        drawn = [self._sample((i + 0.5) / n, sentences, generator, tokenizer) for i in range(n)]
+        return Batch(tuple(drawn), self.new_tokens * self.asked)
+
+    def _check(self) -> None:
+        for name in ("keys", "queries"):
+            if not 1 <= getattr(self, name) <= len(NAMES):
+                raise ValueError(f"niah: {name}={getattr(self, name)}, expected 1 to {len(NAMES)}")
+        if self.values < 1:
+            raise ValueError(f"niah: values={self.values}, expected at least 1")
+        if self.filler not in ("book", "noise", "needles"):
+            raise ValueError(f"niah: filler={self.filler!r}, expected book, noise or needles")
+
+    def _sample(
+        self,
+        depth: float,
+        sentences: list[str],
+        generator: torch.Generator,
+        tokenizer: Tokenizer,
+    ) -> Sample:
+        count = self.num_keys * self.values
+        order = torch.randperm(len(NAMES), generator=generator).tolist()
+        names = [NAMES[j] for j in order[: self.num_keys]]
+        numbers = torch.randint(1_000_000, 10_000_000, (count,), generator=generator).tolist()
+        begin = int(torch.randint(len(sentences), (), generator=generator)) if sentences else 0
+        places = [depth, *torch.rand(count - 1, generator=generator).tolist()]
+        needles = [
+            encode(tokenizer, NEEDLE.format(key=names[i // self.values], value=number))
+            for i, number in enumerate(numbers)
+        ]
+        prefix = encode(tokenizer, PREFIX)
+        question = encode(tokenizer, self._question(names[: self.queries]))
+        room = self.length - sum(map(len, [prefix, question, *needles]))
+        if sentences:
             after = (f" {sentences[(begin + j) % len(sentences)]}" for j in itertools.count())
-            hay = _fit((encode(tokenizer, sentence) for sentence in after), room, self.length)
-            body = _bury(hay, needles, places)
-            ids = torch.tensor([*prefix, *body, *question])
-            samples.append(Sample(ids, str(int(numbers[0])), depth))
-        return Batch(tuple(samples), self.new_tokens)
+        else:
+            after = _others([NAMES[j] for j in order[self.num_keys :]], generator)
+        hay = _fit((encode(tokenizer, sentence) for sentence in after), room, self.length)
+        ids = torch.tensor([*prefix, *_bury(hay, needles, places), *question])
+        wanted = tuple(map(str, numbers[: self.asked]))
+        if len(wanted) == 1:
+            return Sample(ids, wanted[0], depth)
+        return Sample(ids, place=depth, references=wanted)
+
+    def _question(self, names: list[str]) -> str:
+        *others, last = names
+        key = f"{', '.join(others)} and {last}" if others else last
+        return (SEVERAL if self.asked > 1 else QUESTION).format(key=key)
 
     def _sentences(self) -> list[str]:
+        """The hay; none where it is other needles."""
+        if self.filler != "book":
+            return [NOISE] if self.filler == "noise" else []
         hay = self.hay
         if not hay:
-            if not self.text or not Path(self.text).is_file():
-                raise ValueError(f"niah: text={self.text!r} is not a file: niah:text=book.txt")
-            hay = Path(self.text).read_text(encoding="utf-8")
+            hay = read_data("niah", self.text, "text")
         found = [" ".join(sentence.split()) for sentence in _SENTENCE.findall(hay)]
         if not found:
             raise ValueError("niah: the text holds no sentence")
         return found
+
+
+def _others(names: list[str], generator: torch.Generator) -> Iterator[str]:
+    """Needles that nobody asks for, without end."""
+    if not names:
+        raise ValueError(f"niah: filler='needles' needs fewer than {len(NAMES)} keys")
+    while True:
+        name = names[int(torch.randint(len(names), (), generator=generator))]
+        number = int(torch.randint(1_000_000, 10_000_000, (), generator=generator))
+        yield NEEDLE.format(key=name, value=number)
 
 
 def _bury(hay: list[list[int]], needles: list[list[int]], places: list[float]) -> list[int]:

@@ -27,15 +27,15 @@ class Passkey:
 
     (length - prefix - question) // block filler lines, counted in tokens; the needle replaces
     line int(depth * (lines - 1)) with depth (i + 0.5) / n for sample i of n (200 in the paper).
-    Greedy, 5 new tokens; right if the key is part of the continuation. As in the authors' code
-    the needle's own length is not made up for. Differs: the key is drawn from the seed, and
-    `new_tokens` may be raised, as a byte or character tokenizer needs one token per digit and one
-    for the space. Raises ValueError if `length` has no room for a line.
+    Greedy; right if the key is part of the continuation. As in the authors' code the needle's own
+    length is not made up for. Differs: the key is drawn from the seed, and `new_tokens` 0 means
+    the paper's 5 or what the longest answer takes, where that is more (a token for the space and
+    one per digit is usual today). Raises ValueError if `length` has no room for a line.
     """
 
     length: int = 1024
-    new_tokens: int = 5
-    version: ClassVar[int] = 1
+    new_tokens: int = 0
+    version: ClassVar[int] = 2
 
     def draw(self, n: int, seed: int, tokenizer: Tokenizer) -> Batch:
         prefix, filler, question = (encode(tokenizer, t) for t in (PREFIX, FILLER, QUESTION))
@@ -52,7 +52,8 @@ class Passkey:
             needle = encode(tokenizer, NEEDLE.format(key=key))
             ids = [*prefix, *filler * at, *needle, *filler * (lines - 1 - at), *question]
             samples.append(Sample(torch.tensor(ids), key, depth))
-        return Batch(tuple(samples), self.new_tokens)
+        longest = max((len(encode(tokenizer, f" {s.answer}")) for s in samples), default=0)
+        return Batch(tuple(samples), self.new_tokens or max(longest, 5))
 
 
 def by_depth(places: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[float]:

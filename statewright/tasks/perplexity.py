@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 
 from statewright.tasks.base import Batch, Sample, Tokenizer, encode
+from statewright.tasks.reading import read_data
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,10 @@ class Perplexity:
     def draw(self, n: int, seed: int, tokenizer: Tokenizer) -> Batch:
         if not self.text:
             raise ValueError("perplexity: text is empty, expected a path: perplexity:text=book.txt")
-        path = Path(self.text)
-        if not path.is_file():
-            raise ValueError(f"perplexity: text={self.text!r} is not a file")
+        text = read_data("perplexity", self.text, "text")
         if self.offset < 0:
             raise ValueError(f"perplexity: offset={self.offset}, expected 0 or more tokens")
-        ids = torch.tensor(encode(tokenizer, path.read_text(encoding="utf-8")))[self.offset :]
+        ids = torch.tensor(encode(tokenizer, text))[self.offset :]
         spare = len(ids) - self.length * (n if seed == 0 else 1)
         if self.length < 2 or spare < 0:
             raise ValueError(

@@ -88,10 +88,10 @@ def batch_of(
     return Batch(samples, task.new_tokens)
 
 
-def read_data(task: str, path: str) -> str:
+def read_data(task: str, path: str, option: str = "data") -> str:
     """The file's text; ValueError if there is none or it is no UTF-8."""
     if not path or not Path(path).is_file():
-        raise ValueError(f"{task}: data={path!r} is not a file: {task}:data=PATH")
+        raise ValueError(f"{task}: {option}={path!r} is not a file: {task}:{option}=PATH")
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

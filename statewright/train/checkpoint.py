@@ -11,12 +11,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -164,7 +166,8 @@ def save_checkpoint(
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     holder.world.barrier()
-    holder.write(beside, state, record)
+    with _writing(path):
+        holder.write(beside, state, record)
     holder.world.barrier()
     if holder.world.rank == 0:
         _put(beside, path)
@@ -179,11 +182,22 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
-        write(beside)
+        with _writing(path):
+            write(beside)
         _put(beside, path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full disk is an OSError, also where safetensors has an error of its own for it."""
+    try:
+        yield
+    except SafetensorError as error:
+        reason = f"{path}: not written ({error}); what was complete before is as it was"
+        raise OSError(reason) from error
 
 
 def _put(beside: Path, path: Path) -> None:

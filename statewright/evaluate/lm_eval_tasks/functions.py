@@ -33,7 +33,9 @@ def qasper(**options: Any) -> dict[str, Any]:
 
 
 def contains(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    return {"acc": float(doc["answer"] in results[0])}
+    """The share of the answers that the text contains: one, or several needles."""
+    wanted = list(doc["references"]) or [doc["answer"]]
+    return {"acc": score("string-match", [results[0]], [wanted]).metrics["accuracy"]}
 
 
 def token_f1(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:

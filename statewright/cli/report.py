@@ -1,0 +1,82 @@
+"""`statewright report` and `statewright trace`: one page of results; what to draw on it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from statewright.cli.common import COUNT, MODEL
+
+
+@click.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(dir_okay=False))
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The page (HTML).")
+@click.option("--title", help="Its title [default: what the files hold].")
+def report(results: tuple[str, ...], out: str, title: str | None) -> None:
+    """Draw RESULTS, any result files of ours, as one self-contained page.
+
+    Of eval, study, capacity, diagnose --json, size --json, trace, and the examples. Tables, curves,
+    heat maps, which tokens survive; no network, readable on a phone, in print and without a mouse.
+    The same files give the same bytes.
+    """
+    from statewright.report.xray import page, read
+
+    text = page([(Path(name).name, read(name)) for name in results], title)
+    _write(out, text)
+    click.echo(f"{out}: {len(text.encode()):,} bytes")
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option("--text", required=True, type=click.Path(), help="What is read.")
+@click.option("--policy", "policies", multiple=True, help="e.g. tova:budget=64; repeatable.")
+@click.option("--length", type=COUNT, default=512, show_default=True, help="Tokens to read.")
+@click.option("--every", type=COUNT, default=0, help="Tokens between looks [default: 64 looks].")
+@click.option("--output", required=True, type=click.Path(dir_okay=False), help="Results (JSON).")
+def trace(
+    model: str, text: str, policies: tuple[str, ...], length: int, every: int, output: str
+) -> None:
+    """Record what MODEL holds while it reads: tokens kept by each list, norms, bytes by kind.
+
+    Without a policy, and under each one given. `statewright report` draws the file.
+    """
+    from statewright.checks.load import load_any
+    from statewright.cli.common import quiet_libraries
+    from statewright.diagnose.prompts import text_ids
+    from statewright.evaluate.measure import environment
+    from statewright.models.tokenizers import saved_tokenizer
+    from statewright.policies import build_policy
+    from statewright.report.trace import trace as run
+
+    quiet_libraries()
+    for policy in policies:
+        build_policy(policy)  # a mistyped one is refused before anything is loaded
+    if length < 2:
+        raise ValueError(f"length={length}, expected at least 2 tokens")
+    net, tokenizer = load_any(model), saved_tokenizer(model)
+    ids = text_ids(text, tokenizer, length).long()
+    tokens = [tokenizer.decode([token]) for token in ids.tolist()]
+    found = run(net, ids.to(net.device), tokens, policies, every)
+    about: dict[str, Any] = {"model": Path(model).name, "text": Path(text).name}
+    about |= {"command": " ".join(["statewright", *sys.argv[1:]]), **environment(net.device)}
+    _write(output, json.dumps({**about, **found}, separators=(",", ":")) + "\n")
+    click.echo(f"{output}: {len(tokens)} tokens, {len(found['runs'])} runs")
+    click.echo(f"next: statewright report {output} --out report.html")
+
+
+def _write(path: str, text: str) -> None:
+    """Whole or not at all."""
+    import os
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Offline reinforcement learning with policies whose memory is a State; see docs/rl.md."""

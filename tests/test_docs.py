@@ -1,0 +1,135 @@
+"""The pages of the docs site: a page per verb, every command known to the CLI, and run as it is."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from statewright.cli import cli, main
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [DOCS / "start.md", *sorted((DOCS / "verbs").glob("*.md"))]
+_BLOCK = re.compile(r"^```(bash|sh)\n(.*?)^```$", re.M | re.S)
+
+
+def commands(page: Path, kinds: tuple[str, ...] = ("bash", "sh")) -> Iterator[list[str]]:
+    """The words of every command in a page's blocks: bash is to be run, sh to be checked."""
+    for kind, block in _BLOCK.findall(page.read_text(encoding="utf-8")):
+        if kind in kinds:
+            for line in block.splitlines():
+                if line.strip():
+                    yield shlex.split(line, comments=True)
+
+
+def parsed(words: list[str]) -> None:
+    """Parse with click, down to the last subcommand, without running; raises for a mistake."""
+    command, name, rest = cli, "statewright", words
+    parent = None
+    while True:
+        context = command.make_context(name, list(rest), parent=parent, resilient_parsing=False)
+        if not isinstance(command, click.Group):
+            return
+        left = [*context._protected_args, *context.args]
+        name, command, rest = command.resolve_command(context, left)
+        parent = context
+
+
+def test_every_verb_has_a_page_and_the_site_knows_it() -> None:
+    site = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    assert {page.stem for page in PAGES[1:]} == set(cli.commands)
+    assert all(f": verbs/{verb}.md\n" in site for verb in cli.commands)
+    known = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    assert set(re.findall(r": (\S+\.md)$", site, re.M)) == known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_are_known_to_the_command_line(page, monkeypatch) -> None:
+    from statewright.hf import pretrained
+
+    monkeypatch.setattr(pretrained, "locate", lambda name: name)
+    found = list(commands(page))
+    assert found, "a page without an example"
+    own = [words[1:] for words in found if words[0] == "statewright"]
+    assert page.stem in ("start", *(words[0] for words in own))
+    for words in own:
+        parsed(words[: words.index(">")] if ">" in words else words)
+
+
+@pytest.mark.parametrize("words", ["eval m --taks x", "resize m --key", "study nothing", "lost"])
+def test_a_mistake_would_be_found(words) -> None:
+    with pytest.raises(click.UsageError):
+        parsed(words.split())
+
+
+def rows(page: Path) -> list[list[str]]:
+    """The cells of every row of a page's tables, heads and rules left out."""
+    lines = [x for x in page.read_text(encoding="utf-8").splitlines() if x.startswith("| ")]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+
+
+def test_reproduced_numbers_are_those_of_the_pages(monkeypatch) -> None:
+    """Ours: what was not run says so, and every decimal stands in the page of its results."""
+    from statewright.hf import pretrained
+
+    monkeypatch.setattr(pretrained, "locate", lambda name: name)
+    names = ("bounded", "collapse", "statex", "log")
+    known = "\n".join((DOCS / f"{name}.md").read_text(encoding="utf-8") for name in names)
+    found = [row for row in rows(DOCS / "reproduce.md") if row[0] != "table"]
+    assert len(found) > 40
+    for table, _, ours, holds, command in found:
+        assert ours, table
+        assert command or "no data" in ours, table
+        assert holds or ours.startswith("not run"), table
+        for number in re.findall(r"\d+\.\d+", ours):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d])", known), (table, number)
+        for words in re.findall(r"`(statewright [^`]+)`", command):
+            parsed(shlex.split(words)[1:])
+
+
+def test_links_lead_to_pages() -> None:
+    for page in [*PAGES, DOCS / "index.md", DOCS / "reproduce.md"]:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            assert link.startswith("http") or (page.parent / link).exists(), (page.name, link)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Where the text and the two models of start.md are."""
+    folder = tmp_path_factory.mktemp("docs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for words in commands(DOCS / "start.md", ("bash",)):
+            run(words)
+    return folder
+
+
+def run(words: list[str], capture: pytest.CaptureFixture | None = None) -> None:
+    target = None
+    if ">" in words:
+        target = Path(words[words.index(">") + 1])
+        words = words[: words.index(">")]
+    if words[0] == "statewright":
+        assert main(words[1:]) == 0, words
+        if target is not None and capture is not None:
+            target.write_text(capture.readouterr().out)
+        return
+    words = [sys.executable if words[0] == "python" else words[0], *words[1:]]
+    out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    if target is not None:
+        target.write_text(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+def test_examples_run_as_they_stand(page, place, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(place)
+    for words in commands(page, ("bash",)):
+        capsys.readouterr()
+        run(words, capsys)
