@@ -23,8 +23,8 @@ def draw_capacity(figure: Any, found: dict[str, Any]) -> None:
     """Intervals as bars over the state's size, the fitted law with its band, the published law."""
     system = main_system(found)
     laws = fits(found, system)
-    panels = figure.subplots(1, max(2, len(laws)))
-    for axes, (kind, fitted) in zip(panels, laws.items()):
+    panels = figure.subplots(1, max(1, len(laws)), squeeze=False)
+    for axes, (kind, fitted) in zip(panels[0], laws.items()):
         _intervals(axes, found, kind)
         _published(axes, LAWS[kind][1])
         if isinstance(fitted, Fitted):
