@@ -193,7 +193,9 @@ def test_ddp_is_one_process_on_the_joined_batch(tmp_path) -> None:
     """With a learned initial state, which a carried state must not leave without a gradient."""
     model = build()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    mp.spawn(one_of_two, (str(tmp_path / "store"), weights, str(tmp_path)), nprocs=2)
+    # Forked: a new process would spend ten times as long on importing torch.
+    arguments = (str(tmp_path / "store"), weights, str(tmp_path))
+    mp.start_processes(one_of_two, arguments, nprocs=2, start_method="fork")
     train_a_little(model, rows_of_text())
     learned = [name for name in weights if "init_param" in name]
     assert len(learned) == 2
