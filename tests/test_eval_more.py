@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,18 +19,17 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
 )
+from writers import TOKENIZER, Writer
 
 from statewright.bench import evaluation
 from statewright.cli import main
 from statewright.evaluate import Plan, evaluate, evaluate_batch, run_plan, score, token_losses
 from statewright.evaluate.answers import Manner, answers, rows_of, takes_padding, until_end
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
-from statewright.models.tokenizers import byte_tokenizer
 from statewright.tasks import TASKS, build_task, digest
 from statewright.tasks.base import Batch, Sample
 
 torch.set_num_threads(1)
-TOKENIZER = byte_tokenizer()
 HAY = "It rains. The sun is out. We go home."
 TEXT = topics["assignment"]
 
@@ -49,23 +47,6 @@ def own(mixer: str = "mingru") -> StatewrightForCausalLM:
     torch.manual_seed(0)
     config = StatewrightConfig(hidden_size=16, num_hidden_layers=2, mixer=mixer, vocab_size=257)
     return StatewrightForCausalLM(config).eval()
-
-
-class Writer(nn.Module):
-    """Continues every prompt with what `reply(text)` says."""
-
-    def __init__(self, reply) -> None:
-        super().__init__()
-        self.reply, self.device, self.calls = reply, torch.device("cpu"), 0
-        text = SimpleNamespace(vocab_size=257)
-        self.config = SimpleNamespace(get_text_config=lambda: text)
-
-    def generate(self, ids, **options):
-        self.calls += 1
-        texts = [TOKENIZER.encode(self.reply(TOKENIZER.decode(row))) for row in ids]
-        longest = max(map(len, texts))
-        padded = [[*text, *[32] * (longest - len(text))] for text in texts]
-        return torch.cat([ids, torch.tensor(padded)], 1)
 
 
 @pytest.fixture

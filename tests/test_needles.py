@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from writers import TOKENIZER, Writer
 
 from statewright.evaluate import evaluate, score
-from statewright.models.tokenizers import byte_tokenizer
 from statewright.tasks import NIAH, build_task, digest
 from statewright.tasks.niah import NAMES
 
 torch.set_num_threads(1)
-TOKENIZER = byte_tokenizer()
 HAY = "It rains. The sun is out. We go home."
 NEEDLES = {
     "single": dict(keys=1),
@@ -38,23 +35,6 @@ GOLDEN = {
 
 def needles(**options) -> NIAH:
     return NIAH(length=1500, hay=HAY, **options)
-
-
-class Writer(nn.Module):
-    """Continues every prompt with what `reply(text)` says."""
-
-    def __init__(self, reply) -> None:
-        super().__init__()
-        self.reply, self.device, self.calls = reply, torch.device("cpu"), 0
-        text = SimpleNamespace(vocab_size=257)
-        self.config = SimpleNamespace(get_text_config=lambda: text)
-
-    def generate(self, ids, **options):
-        self.calls += 1
-        texts = [TOKENIZER.encode(self.reply(TOKENIZER.decode(row))) for row in ids]
-        longest = max(map(len, texts))
-        padded = [[*text, *[32] * (longest - len(text))] for text in texts]
-        return torch.cat([ids, torch.tensor(padded)], 1)
 
 
 def asked_keys(text: str) -> list[str]:

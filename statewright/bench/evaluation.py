@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
+from statewright.bench.perplexity import llama
 from statewright.bench.protocol import Case
 from statewright.evaluate import evaluate_batch
 from statewright.evaluate.answers import rows_of
@@ -49,7 +50,7 @@ def recall(mixer: str, rows: int) -> Case:
 
 def losses(layers: int, rows: int) -> Case:
     """Windows of 1,024 tokens on a Llama: a pass and its losses."""
-    model, task = llama(layers), Perplexity()
+    model, task = llama(layers, 8192), Perplexity()
     ids = torch.randint(model.config.vocab_size, (rows, 1024), generator=_generator())
     batch = Batch(tuple(Sample(row) for row in ids))
 
@@ -66,7 +67,7 @@ def losses(layers: int, rows: int) -> Case:
 
 def answers(layers: int, rows: int) -> Case:
     """Passkeys in 512 bytes on a Llama: a prefill and five tokens, greedily."""
-    model, task = llama(layers), Passkey(512)
+    model, task = llama(layers, 8192), Passkey(512)
     batch = task.draw(rows, 0, byte_tokenizer())
     ids = torch.stack([sample.input_ids for sample in batch.samples])
 
@@ -104,17 +105,3 @@ def _seeded(make: Callable[[], Any]) -> Any:
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(1)
-
-
-def llama(layers: int) -> Any:
-    """SmolLM2-135M's shape with fewer layers and a vocabulary of 8,192, random weights."""
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-    )
-    return _seeded(lambda: LlamaForCausalLM(config))

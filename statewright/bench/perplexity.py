@@ -27,7 +27,7 @@ def exact(policy: str, layers: int, T: int) -> Case:
     The shape is SmolLM2-135M's with fewer layers and a small vocabulary: both ways do the same
     per layer, and the large head would only favour the one that computes it for many tokens.
     """
-    model = _model(layers)
+    model = _sharp(layers)
     ids = torch.randint(model.config.vocab_size, (1, T), generator=torch.Generator().manual_seed(1))
     methods = {
         "floor: no policy": lambda: token_losses(model, ids),
@@ -35,7 +35,7 @@ def exact(policy: str, layers: int, T: int) -> Case:
         "token by token": lambda: token_by_token(model, ids, policy),
     }
     # In float64, where no near-tie can flip a choice, and short, as it is only the gate.
-    small, few = _model(2).double(), ids[:, : min(T, 160)]
+    small, few = _sharp(2).double(), ids[:, : min(T, 160)]
     short = policy.replace(str(T // 8), "20")
     error = error_of(token_losses(small, few, short), token_by_token(small, few, short))
     name = f"exact perplexity, {policy}, {layers} layers of 576, {T} tokens"
@@ -52,9 +52,10 @@ def token_by_token(model: PreTrainedModel, ids: Tensor, policy: str) -> Tensor:
     return torch.stack(losses, 1)
 
 
-def _model(layers: int) -> PreTrainedModel:
+def llama(layers: int, vocab_size: int) -> PreTrainedModel:
+    """SmolLM2-135M's shape with fewer layers and a small vocabulary, random weights."""
     config = LlamaConfig(
-        vocab_size=512,
+        vocab_size=vocab_size,
         hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=layers,
@@ -64,9 +65,14 @@ def _model(layers: int) -> PreTrainedModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).eval()
+        return LlamaForCausalLM(config).eval()
+
+
+def _sharp(layers: int) -> PreTrainedModel:
+    """With attention far from uniform, as in a trained model."""
+    model = llama(layers, 512)
     with torch.no_grad():
-        for layer in model.model.layers:  # attention far from uniform, as in a trained model
+        for layer in model.model.layers:
             layer.self_attn.q_proj.weight.mul_(8)
             layer.self_attn.k_proj.weight.mul_(8)
     return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from statewright.studies.settings import Settings
+from statewright.studies.settings import Settings, positive
 
 SYSTEMS = ("low-decay", "official", "transformer")
 TOKENS = ("bytes", "words")
@@ -98,9 +98,7 @@ class CapacitySettings(Settings):
         for name, least in self.LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least {least}")
-        for name in ("decay_scale", "explosion", "recall_threshold"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}, expected a positive number")
+        positive(self, "decay_scale", "explosion", "recall_threshold")
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"held_out_share={self.held_out_share}, expected between 0 and 1")
         if not 0 <= self.passkey_share <= 1:

@@ -6,6 +6,20 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 
+def at_least_one(holder: object, *names: str) -> None:
+    """ValueError, with the name, for an attribute below 1."""
+    for name in names:
+        if getattr(holder, name) < 1:
+            raise ValueError(f"{name}={getattr(holder, name)}, expected at least 1")
+
+
+def positive(holder: object, *names: str) -> None:
+    """ValueError, with the name, for an attribute that is not above 0."""
+    for name in names:
+        if not getattr(holder, name) > 0:
+            raise ValueError(f"{name}={getattr(holder, name)}, expected a positive number")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Options that every trained study has; `paper()` gives the paper's in place of the defaults.
@@ -32,12 +46,8 @@ class Settings:
         return replace(cls(), **cls.PAPER)
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_steps", "batch_size", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "clip", "expansion"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}, expected a positive number")
+        at_least_one(self, "hidden_size", "num_steps", "batch_size", "eval_every", "save_every")
+        positive(self, "learning_rate", "clip", "expansion")
         if self.num_eval < 1 or not 0 <= self.dropout < 1 or self.weight_decay < 0:
             raise ValueError(
                 f"num_eval={self.num_eval}, dropout={self.dropout}, weight_decay="
@@ -174,9 +184,7 @@ class TrainCostSettings:
         return replace(cls(), **cls.PAPER)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "hidden_size", "num_layers", "repeats", "shortest"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        at_least_one(self, "batch_size", "hidden_size", "num_layers", "repeats", "shortest")
         if self.longest < self.shortest:
             raise ValueError(
                 f"shortest={self.shortest}, longest={self.longest}: expected shortest <= longest"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from statewright.studies.rl.scores import QUALITIES, task_of
-from statewright.studies.settings import Settings
+from statewright.studies.settings import Settings, at_least_one
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,7 @@ class EvaluateSettings:
     policy: str = "none"
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        at_least_one(self, "episodes", "rows")
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,7 @@ class CollectSettings:
             raise ValueError(f"quality={self.quality!r}, expected one of {', '.join(QUALITIES)}")
         if self.algorithm not in ("ppo", "sac", "td3"):
             raise ValueError(f"algorithm={self.algorithm!r}, expected ppo, sac or td3")
-        for name in ("steps", "max_steps", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        at_least_one(self, "steps", "max_steps", "save_every")
         if not self.medium_score < self.expert_score:
             raise ValueError(
                 f"medium_score={self.medium_score} is not below expert_score={self.expert_score}"
