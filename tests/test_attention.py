@@ -95,6 +95,24 @@ def test_hybrid_models_obey(policy: str, law: str) -> None:
     holds(laws.LAWS[law](subject, laws.Case(flags=True, length=23, splits=(5, 6))))
 
 
+@pytest.mark.parametrize("length", [1, 7, 300])
+@pytest.mark.parametrize("text", [*SPECS, "attention:num_heads=3:head_dim=2:window=300"])
+def test_a_call_without_flags_equals_one_whose_flags_say_nothing(text: str, length: int) -> None:
+    """The first has no mask in memory; the second goes the way of padding, resets and old slots."""
+    attention = mixer(text)
+    x = torch.randn(2, length, D, dtype=torch.float64, requires_grad=True)
+    flags = torch.ones(2, length, dtype=torch.bool)
+    found = []
+    for options in ({}, {"mask": flags}, {"reset": ~flags}):
+        y, state = attention(x, **options)
+        (grad,) = torch.autograd.grad(y.square().sum() + state.k.sum(), x)
+        found.append((y, grad, state))
+    for y, grad, state in found[1:]:
+        assert torch.allclose(y, found[0][0], atol=1e-12)
+        assert torch.allclose(grad, found[0][1], atol=1e-11)
+        assert torch.equal(state.pos, found[0][2].pos) and torch.equal(state.k, found[0][2].k)
+
+
 def test_a_block_obeys_with_its_convolution() -> None:
     torch.manual_seed(0)
     config = StatewrightConfig(hidden_size=8, mixer="attention:num_heads=2", mlp_ratio=1.0)

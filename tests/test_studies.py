@@ -275,6 +275,24 @@ def test_settings_of_a_file_are_kept(tmp_path) -> None:
         check_resumable(path, "listops", ListOpsSettings())
     with pytest.raises(ValueError, match=r"other settings: learning_rate=0.003 \(now 0.1\)"):
         check_resumable(path, "chomsky", ChomskySettings(learning_rate=0.1))
+    written = json.loads(path.read_text())
+    del written["about"]["settings"]["dtype"]  # as before there was such an option
+    path.write_text(json.dumps(written))
+    check_resumable(path, "chomsky", ChomskySettings())
+    with pytest.raises(ValueError, match=r"dtype=float32 \(now bfloat16\)"):
+        check_resumable(path, "chomsky", ChomskySettings(dtype="bfloat16"))
+
+
+def test_bfloat16_is_of_the_products_alone(tmp_path) -> None:
+    curves = []
+    for dtype in ("float32", "bfloat16"):
+        options = ["--num-steps", "3", "--eval-every", "1", "--num-eval", "8", "--dtype", dtype]
+        path = str(tmp_path / f"{dtype}.json")
+        argv = ["study", "chomsky", "--output", path, "--system", "mingru/1", "--task", "majority"]
+        assert main([*argv, *options]) == 0
+        found = read_study(path)["cells"]["majority/mingru/1/seed0"]
+        curves.append(torch.tensor([point["train_loss"] for point in found["curve"]]))
+    assert not torch.equal(*curves) and torch.allclose(*curves, rtol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ _TRAINING = {
     "save_every": "Steps between checkpoints of a run.",
     "num_eval": "Held-out samples.",
     "stop_at": "End a run at this held-out accuracy.",
+    "dtype": "What products are computed in; weights and states stay float32.",
 }
 
 

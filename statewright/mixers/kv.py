@@ -62,8 +62,12 @@ def extend(
         old = marks_of(policy, state)
         if policy.mark_names or policy.budget < keys.shape[2]:
             died, marks = simulate(policy, q, keys, values, old, timeline, rule, block)
-    attend = _attend if rule.placement is None else _attend_placed
-    out = attend(q, keys, values, timeline, died, rule)
+    everything = timeline.plain and died is None and rule.placement is None
+    if everything and rule.is_plain and (rule.window is None or rule.window >= T):
+        out = _causal(q, keys, values, rule)
+    else:
+        attend = _attend if rule.placement is None else _attend_placed
+        out = attend(q, keys, values, timeline, died, rule)
     left = timeline.remaining(died, rule.window)
     return out.flatten(1, 2), tidy(
         state, keys, values, timeline.pos, timeline.seen[:, -1], left, marks
@@ -166,6 +170,14 @@ def tidy(
     for name, mark in marks.items():
         new = new.with_extra(MARK + name, mark, _MARK_AXES)
     return new
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """Every query over the tokens up to its own, without a mask in memory: (B, H, R, T, Dv)."""
+    if q.shape[2] > 1:
+        k, v = (t.unsqueeze(2).expand(*q.shape[:3], *t.shape[2:]).flatten(1, 2) for t in (k, v))
+    out = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=True, scale=rule.scale)
+    return out.unflatten(1, q.shape[1:3])
 
 
 def _attend(

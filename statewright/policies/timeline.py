@@ -17,6 +17,7 @@ class Timeline:
     pos (B, H, M): the token's index since its row's reset, -1 where there is none (an empty slot,
     a masked token). segment (B, M): resets before it in this call. seen (B, T): tokens since the
     reset, after each column; active (B, T): unmasked columns. Old entries precede column 0.
+    plain: no old entries, masked columns or resets, so that a column sees itself and all before.
     """
 
     pos: Tensor
@@ -24,6 +25,7 @@ class Timeline:
     seen: Tensor
     active: Tensor
     num_old: int
+    plain: bool = False
 
     @classmethod
     def of(
@@ -45,7 +47,8 @@ class Timeline:
         new = torch.where(active, now - 1, -1)
         entries = torch.cat([pos, new.unsqueeze(1).expand(B, H, T)], 2)
         segments = torch.cat([segment.new_zeros(B, N), segment], 1)
-        return cls(entries, segments, now, active, N)
+        plain = N == 0 and mask is None and reset is None
+        return cls(entries, segments, now, active, N, plain)
 
     @property
     def query_pos(self) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from statewright.diagnose.diagnosis import rows_of
 from statewright.diagnose.repair import try_policy
@@ -294,14 +294,10 @@ class CapacityFit(Fit):
 
     keys: Any = staticmethod(lambda step: None)
 
-    def _one_step(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(self.settings).rate(step)
-        self.model.train()
+    def rate(self, step: int) -> float:
+        return schedule(self.settings).rate(step)
+
+    def loss(self, step: int) -> Tensor:
         parts = [part for part in (self.batch(step), self.keys(step)) if part is not None]
-        loss = sum(F.cross_entropy(*scored_logits(self.model, *part)) for part in parts)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        losses = [F.cross_entropy(*scored_logits(self.model, *part)) for part in parts]
+        return torch.stack(losses).sum()

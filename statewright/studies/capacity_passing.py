@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from statewright.studies.capacity_settings import CapacitySettings
-from statewright.studies.fit import Fit
-from statewright.tasks.base import IGNORED
+from statewright.studies.fit import Fit, scored_logits
 from statewright.train.config import TrainConfig
 
 
@@ -38,23 +37,16 @@ class PassingFit(Fit):
 
     texts: Callable[[int], tuple[Tensor, Tensor, Tensor]]
 
-    def _one_step(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(self.settings).rate(step)
-        self.model.train()
+    def rate(self, step: int) -> float:
+        return schedule(self.settings).rate(step)
+
+    def loss(self, step: int) -> Tensor:
         read, ids, targets = (part.to(self.model.device) for part in self.texts(step))
         state = None
         if read.shape[1]:
             with torch.no_grad():
                 state = self.model(read, logits_to_keep=1).state.detach()
-        hidden = self.model.model(ids, state=state).last_hidden_state
-        scored = targets != IGNORED
-        loss = F.cross_entropy(self.model.lm_head(hidden[scored]), targets[scored])
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return F.cross_entropy(*scored_logits(self.model, ids, targets, state))
 
 
 def passing_settings(settings: CapacitySettings) -> Any:

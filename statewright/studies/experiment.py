@@ -88,7 +88,9 @@ def check_resumable(path: str | Path, study: str, settings: Any) -> None:
         return
     if found.get("study") != study:
         raise ValueError(f"{path}: holds the study {found.get('study')!r}, not {study!r}")
-    old, new = found.get("settings", {}), _plain(asdict(settings))
+    new = _plain(asdict(settings))
+    # An option that came after these results were written had its default then.
+    old = {**_plain(asdict(type(settings)())), **found.get("settings", {})}
     other = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if other:
         said = ", ".join(f"{name}={old.get(name)} (now {new.get(name)})" for name in other)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from statewright.mixers.mingru import MinimalMixer
 from statewright.models import StatewrightForCausalLM
+from statewright.ops import state_dtype
+from statewright.state import ModelState
 from statewright.studies.experiment import Listener
 from statewright.studies.settings import Settings
 from statewright.studies.snapshot import load_snapshot, save_snapshot
@@ -37,13 +39,14 @@ def stacked(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def scored_logits(
-    model: StatewrightForCausalLM, ids: Tensor, targets: Tensor
+    model: StatewrightForCausalLM, ids: Tensor, targets: Tensor, state: ModelState | None = None
 ) -> tuple[Tensor, Tensor]:
     """Logits and targets of the tokens that are scored, (scored, vocabulary) and (scored,)."""
     device = model.device
-    hidden = model.model(ids.to(device)).last_hidden_state
+    hidden = model.model(ids.to(device), state=state).last_hidden_state
     scored = (targets != IGNORED).to(device)
-    return model.lm_head(hidden[scored]), targets.to(device)[scored]
+    logits = model.lm_head(hidden[scored])
+    return logits.to(state_dtype(logits.dtype)), targets.to(device)[scored]
 
 
 @torch.no_grad()
@@ -117,12 +120,22 @@ class Fit:
         result = {"parameters": parameters, "steps": step, "diverged": not finite}
         return {**result, **{k: v for k, v in curve[-1].items() if k != "step"}, "curve": curve}
 
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.settings.learning_rate
+
+    def loss(self, step: int) -> Tensor:
+        """The mean loss of a step's batch."""
+        return F.cross_entropy(*scored_logits(self.model, *self.batch(step)))
+
     def _one_step(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate(step)
         self.model.train()
-        ids, targets = self.batch(step)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + step)
-            loss = F.cross_entropy(*scored_logits(self.model, ids, targets))
+            with self._computing():
+                loss = self.loss(step)
             loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         optimizer.step()
@@ -140,9 +153,16 @@ class Fit:
         return min(losses[-patience:]) >= min(losses[:-patience])
 
     def _point(self, step: int, losses: list[float]) -> dict[str, float]:
-        point = {"step": step, "train_loss": sum(losses) / len(losses), **self.measure(self.model)}
+        with self._computing():
+            measured = self.measure(self.model)
+        point = {"step": step, "train_loss": sum(losses) / len(losses), **measured}
         self.listen(point)
         return point
+
+    def _computing(self) -> torch.autocast:
+        bfloat16 = self.settings.dtype == "bfloat16"
+        device = next(self.model.parameters()).device
+        return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, list, list[float]]:
         found = load_snapshot(self.work, self.model, optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 
 def at_least_one(holder: object, *names: str) -> None:
@@ -25,6 +25,7 @@ class Settings:
     """Options that every trained study has; `paper()` gives the paper's in place of the defaults.
 
     eval_every, save_every: steps. stop_at: end a run once its held-out accuracy is that high.
+    dtype: what products are computed in, by autocast; weights and states stay float32.
     """
 
     hidden_size: int = 64
@@ -39,6 +40,7 @@ class Settings:
     save_every: int = 1000
     num_eval: int = 512
     stop_at: float = 2.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
     PAPER: ClassVar[dict[str, Any]] = {}
 
     @classmethod
