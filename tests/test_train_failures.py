@@ -11,17 +11,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pydoc_data import topics
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from test_distributed import STEPS, in_two
 from test_distributed import make_run as make_shared
 from test_train import assert_same, make_run, one_thread  # noqa: F401
 
 import statewright
-from statewright.cli import main
+from statewright.cli import cli, main
 from statewright.train.checkpoint import checkpoints
 from statewright.train.distributed import TrainingStopped
 
@@ -68,6 +71,18 @@ def test_a_full_disk_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("statewright: ") and "checkpoint-1: not written" in last
     assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
+def test_what_safetensors_says_of_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch) -> None:
+    """Its error is no OSError; a verb that saves a model may meet it."""
+    weights = {"a": torch.zeros(FULL["weights"])}
+    save = partial(save_file, weights, tmp_path / "weights.safetensors")
+    monkeypatch.setattr(cli, "main", lambda *args, **options: save())
+    with no_file_longer_than(FULL["weights"]) as fill:
+        fill()
+        assert main(["list"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "File too large" in error, error
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is not built in")

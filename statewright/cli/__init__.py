@@ -90,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, OSError) as error:
         return _fail(_one_line(error), 1)
+    except Exception as error:
+        # What safetensors raises for a full disk or a broken file is not an OSError.
+        if type(error).__name__ != "SafetensorError":
+            raise
+        return _fail(_one_line(error), 1)
 
 
 def _one_line(error: BaseException) -> str:
