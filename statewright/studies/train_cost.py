@@ -36,12 +36,15 @@ _VOCAB = 16
 
 
 class _Loop(NonlinearMixer):
-    """The paper's baseline: one token after the other, in Python."""
+    """The paper's baseline: one token after the other, in Python.
+
+    The tokens are unbound once: to index them one by one makes the backward pass quadratic.
+    """
 
     def fused(self, x: Tensor, hidden: tuple, weights: list[Tensor]) -> tuple[Tensor, tuple]:
         outputs = []
-        for t in range(x.shape[1]):
-            hidden = self.cell(x[:, t], hidden, weights)
+        for x_t in x.unbind(1):
+            hidden = self.cell(x_t, hidden, weights)
             outputs.append(hidden[0])
         return torch.stack(outputs, 1), hidden
 
