@@ -79,7 +79,7 @@ def test_reproduced_numbers_are_those_of_the_pages(monkeypatch) -> None:
     from statewright.hf import pretrained
 
     monkeypatch.setattr(pretrained, "locate", lambda name: name)
-    names = ("bounded", "capacity", "collapse", "minimal", "rl", "statex", "log")
+    names = ("bounded", "capacity", "collapse", "compare", "minimal", "rl", "statex", "log")
     known = "\n".join((DOCS / f"{name}.md").read_text(encoding="utf-8") for name in names)
     found = [row for row in rows(DOCS / "reproduce.md") if row[0] != "table"]
     assert len(found) > 40
