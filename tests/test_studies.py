@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from statewright.cli import main
-from statewright.studies import char_lm, chomsky, figures, listops, selective_copy, train_cost
+from statewright.studies import (
+    algorithmic,
+    char_lm,
+    chomsky,
+    figures,
+    listops,
+    selective_copy,
+    train_cost,
+)
 from statewright.studies.cells import Cell, run_cells
 from statewright.studies.experiment import (
     Place,
@@ -283,8 +291,14 @@ def test_settings_of_a_file_are_kept(tmp_path) -> None:
         check_resumable(path, "chomsky", ChomskySettings(dtype="bfloat16"))
 
 
-def test_bfloat16_is_of_the_products_alone(tmp_path) -> None:
-    curves = []
+def test_bfloat16_is_of_the_products_alone(tmp_path, monkeypatch) -> None:
+    curves, casts, measure = [], [], algorithmic.measure
+
+    def watched(*arguments, **options):
+        casts.append(torch.is_autocast_enabled("cpu"))
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(algorithmic, "measure", watched)
     for dtype in ("float32", "bfloat16"):
         options = ["--num-steps", "3", "--eval-every", "1", "--num-eval", "8", "--dtype", dtype]
         path = str(tmp_path / f"{dtype}.json")
@@ -293,6 +307,7 @@ def test_bfloat16_is_of_the_products_alone(tmp_path) -> None:
         found = read_study(path)["cells"]["majority/mingru/1/seed0"]
         curves.append(torch.tensor([point["train_loss"] for point in found["curve"]]))
     assert not torch.equal(*curves) and torch.allclose(*curves, rtol=0.02)
+    assert casts == [False] * 4 + [True] * 4, "every measurement as the training, the last too"
 
 
 @pytest.mark.parametrize(

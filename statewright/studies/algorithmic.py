@@ -79,7 +79,7 @@ def cells_of(
         def batch(step: int) -> tuple[Tensor, Tensor]:
             return stacked(trained.draw(settings.batch_size, training_seed(seed, step)))
 
-        result = Fit(
+        fit = Fit(
             model,
             settings,
             seed,
@@ -87,8 +87,10 @@ def cells_of(
             lambda m: measure(m, task, make, settings, final=False),
             place.snapshot(key),
             lambda point: place.listen({"key": key, **point}),
-        ).train()
-        final = measure(model, task, make, settings, final=True)
+        )
+        result = fit.train()
+        with fit.computing():
+            final = measure(model, task, make, settings, final=True)
         return {**result, **final, "chance": trained.chance}
 
     parsed = [System.parse(name, known) for name in chosen]

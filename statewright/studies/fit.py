@@ -134,7 +134,7 @@ class Fit:
         self.model.train()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + step)
-            with self._computing():
+            with self.computing():
                 loss = self.loss(step)
             loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
@@ -153,13 +153,14 @@ class Fit:
         return min(losses[-patience:]) >= min(losses[:-patience])
 
     def _point(self, step: int, losses: list[float]) -> dict[str, float]:
-        with self._computing():
+        with self.computing():
             measured = self.measure(self.model)
         point = {"step": step, "train_loss": sum(losses) / len(losses), **measured}
         self.listen(point)
         return point
 
-    def _computing(self) -> torch.autocast:
+    def computing(self) -> torch.autocast:
+        """Products in the settings' dtype, in training and in every measurement."""
         bfloat16 = self.settings.dtype == "bfloat16"
         device = next(self.model.parameters()).device
         return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
