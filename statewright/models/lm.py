@@ -14,11 +14,14 @@ from statewright.mixers.base import advance_seen
 from statewright.models.block import Block, layer_policies, make_norm
 from statewright.models.calibration import Norms, read_norms, write_norms
 from statewright.models.config import StatewrightConfig
+from statewright.models.keywords import LOSS_KEYWORDS, split_keywords
 from statewright.models.outputs import StatewrightModelOutput, StatewrightOutput
 from statewright.models.shim import write_shim
 from statewright.policies import Policy, build_policy
 from statewright.shapes import require
 from statewright.state import ModelState
+
+_MODEL_KEYWORDS = ("use_cache", "output_hidden_states", "donate")
 
 
 class StatewrightPreTrainedModel(PreTrainedModel):
@@ -131,6 +134,7 @@ class StatewrightModel(StatewrightPreTrainedModel):
         **kwargs: Any,
     ) -> StatewrightModelOutput:
         """See `StatewrightForCausalLM.forward`."""
+        (flags,) = split_keywords("forward", kwargs, ("donate",))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
@@ -159,7 +163,7 @@ class StatewrightModel(StatewrightPreTrainedModel):
             if self.gradient_checkpointing and self.training:
                 x, new = self._gradient_checkpointing_func(layer, x, layer_state, mask, reset, own)
             else:
-                x, new = layer(x, layer_state, mask, reset, own, kwargs.get("donate", False))
+                x, new = layer(x, layer_state, mask, reset, own, flags.get("donate", False))
             states.append(new)
         x = self.norm(x)
         new_state = ModelState(layers=tuple(states), seen=advance_seen(state.seen, T, mask, reset))
@@ -253,8 +257,10 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, GenerationMixin):
         logits_to_keep: only the last that many positions (0: all), or their indices. policy:
         bounds the attention layers; None: the config's; "none": none. donate: the state is given
         away and may be written over (only a Session knows that nobody else holds it).
-        Raises ValueError for shapes that do not fit, or a state and a filled cache together.
+        Raises ValueError for shapes that do not fit, a state and a filled cache together, or a
+        keyword that is not known.
         """
+        for_model, for_loss = split_keywords("forward", kwargs, _MODEL_KEYWORDS, LOSS_KEYWORDS)
         out = self.model(
             input_ids,
             state,
@@ -262,16 +268,14 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, GenerationMixin):
             reset,
             inputs_embeds,
             past_key_values,
-            kwargs.pop("use_cache", None),
-            kwargs.pop("output_hidden_states", None),
-            policy,
-            donate=kwargs.pop("donate", False),
+            policy=policy,
+            **for_model,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **for_loss)
         return StatewrightOutput(
             loss=loss,
             logits=logits,
