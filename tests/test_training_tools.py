@@ -90,7 +90,7 @@ def test_checkpointing_changes_no_gradient(mixer: str) -> None:
 
     plain = gradients()
     calls = []
-    model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.model.layers[0].mixer.register_forward_pre_hook(lambda *_: calls.append(1))
     model.activation_checkpointing_enable()
     checkpointed = gradients()
     assert len(calls) == 4, "each of two calls is computed a second time"

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from statewright.mixers import Attention, CausalConv, Mixer, build_mixer
 from statewright.models.config import StatewrightConfig
@@ -26,7 +27,7 @@ from statewright.state import State
 _TAPS, _TAPS_AXES = "block_taps", "batch tap channel"
 
 
-class Block(Mixer):
+class Block(GradientCheckpointingLayer, Mixer):
     """x += conv(x); x += mixer(norm(x)); x += mlp(norm(x)): the minimal-RNN papers' LM block.
 
     Conv and MLP are left out when the config's conv_kernel or mlp_ratio is 0. A Block is a Mixer

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
 from statewright.policies.recurrent import carried
 from statewright.state_file import write_tensors
 
 FILE = "policy.safetensors"
 Norms = tuple[Tensor, ...]
+
+_WHERE = {
+    *("cache_dir", "force_download", "local_files_only", "proxies"),
+    *("revision", "subfolder", "token"),
+}
+# A checkpoint without norms is whole; a policy that needs them says that they are missing.
+_OPTIONAL = dict.fromkeys(
+    (
+        "_raise_exceptions_for_missing_entries",
+        "_raise_exceptions_for_connection_errors",
+        "_raise_exceptions_for_gated_repo",
+    ),
+    False,
+)
 
 
 @torch.no_grad()
@@ -51,10 +67,14 @@ def write_norms(norms: Norms | None, directory: str | Path) -> None:
         write_tensors(Path(directory) / FILE, tensors, {"format": "pt"})
 
 
-def read_norms(directory: str | Path) -> Norms | None:
-    """What `write_norms` wrote; None if there is no such file. ValueError for a damaged one."""
-    file = Path(directory) / FILE
-    if not file.is_file():
+def read_norms(where: str | Path, **loading: Any) -> Norms | None:
+    """What `write_norms` wrote, in a directory or on the hub; None if there is no such file.
+
+    loading: `from_pretrained`'s keywords; those that say where its files are (subfolder,
+    revision, cache_dir, ...) are followed. ValueError for a damaged file.
+    """
+    file = cached_file(where, FILE, **_OPTIONAL, **{k: loading[k] for k in _WHERE & loading.keys()})
+    if file is None:
         return None
     try:
         tensors = load_file(file)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
+from statewright.models.shim import write_shim
 from statewright.policies import build_policy
 
 
@@ -52,6 +54,11 @@ class StatewrightConfig(PreTrainedConfig):
             raise ValueError(f"config: mlp_ratio={self.mlp_ratio}, expected 0 or more")
         if self.conv_kernel == 1 or self.conv_kernel < 0:
             raise ValueError(f"config: conv_kernel={self.conv_kernel}, expected 0 or at least 2")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As transformers', with the two lines by which `trust_remote_code=True` finds us."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_shim(save_directory)
 
     @property
     def mlp_width(self) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-LOSS_KEYWORDS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
+from transformers import PreTrainedConfig
 
-# Values with which a caller asks for what a forward does anyway.
-_AS_ALWAYS = {"return_dict": True}
+LOSS_KEYWORDS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
+FLAGS = ("donate", "output_attentions")
+MODEL_KEYWORDS = ("use_cache", "output_hidden_states", *FLAGS)
 
 
 def split_keywords(
@@ -20,7 +21,11 @@ def split_keywords(
     keywords that we do not know, at their defaults. Raises ValueError naming any other.
     """
     known = frozenset().union(*groups)
-    unknown = [name for name, value in given.items() if name not in known and _asks(name, value)]
+    unknown = [
+        name
+        for name, value in given.items()
+        if name not in known and value is not None and value is not False
+    ]
     if unknown:
         raise ValueError(
             f"{caller}: unknown keyword {', '.join(sorted(unknown))}; beside its named arguments "
@@ -29,5 +34,11 @@ def split_keywords(
     return tuple({name: given[name] for name in group if name in given} for group in groups)
 
 
-def _asks(name: str, value: Any) -> bool:
-    return not (value is None or value is False or value is _AS_ALWAYS.get(name))
+def refuse_attentions(asked: bool | None, config: PreTrainedConfig) -> None:
+    """ValueError if the call, or by default the config, asks for attention weights."""
+    if config.output_attentions if asked is None else asked:
+        raise ValueError(
+            "forward: output_attentions=True is not supported: recurrent layers have no attention "
+            "weights, and those of a list are over the slots that are left, not over the tokens "
+            "(`statewright trace` shows what is left)"
+        )

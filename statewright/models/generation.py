@@ -1,0 +1,62 @@
+"""`generate` with a State: transformers' loop, our cache."""
+
+from __future__ import annotations
+
+import torch
+from transformers import GenerationMixin
+
+from statewright.hf.cache import StateCache
+from statewright.state import ModelState
+
+
+class StateGenerationMixin(GenerationMixin):
+    """transformers' `generate`, whose cache is a `StateCache` and which takes `state=`."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        """`generate(ids, state=state)`: the ids are the tokens that come after the state."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"generate: cache_implementation={kind!r} is not supported; the only cache is the "
+                "State ('dynamic'), whose lists grow with the text unless a policy bounds them"
+            )
+        state = model_kwargs.pop("state", None)
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            if state is not None:
+                raise ValueError("generate: state= needs use_cache and no past_key_values")
+            return
+        if state is not None:
+            if not isinstance(state, ModelState):
+                raise ValueError(f"generate: state is {state!r}, expected a ModelState")
+            if state.batch_size != batch_size:
+                raise ValueError(
+                    f"generate: the state has {state.batch_size} rows, the ids {batch_size}"
+                )
+            repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
+            if repeats > 1:
+                state = state.rows(torch.arange(batch_size).repeat_interleave(repeats))
+        model_kwargs["past_key_values"] = StateCache(state)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """transformers would feed ids that the cache has already seen a second time, silently."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        given, seen = input_ids.shape[1], 0 if cache is None else cache.get_seq_length()
+        covered = (
+            getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[1]
+        )
+        if seen and covered == given <= seen and model_kwargs.get("inputs_embeds") is None:
+            raise ValueError(
+                f"generate: input_ids holds {given} tokens, but the cache has seen {seen}; give "
+                "all of them followed by the new ones, or the new ones alone with StateCache(state)"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        """transformers takes any output called `state` for RWKV's cache; ours is in the cache."""
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, **kwargs
+        )
+        model_kwargs.pop("state", None)
+        return model_kwargs
