@@ -39,6 +39,9 @@ class StateGenerationMixin(GenerationMixin):
                 state = state.rows(torch.arange(batch_size).repeat_interleave(repeats))
         model_kwargs["past_key_values"] = StateCache(state)
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
+        """None: a State counts its rows' tokens itself; only the caller's positions are read."""
+
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """transformers would feed ids that the cache has already seen a second time, silently."""
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 LOSS_KEYWORDS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
+PACKING_KEYWORDS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 FLAGS = ("donate", "output_attentions")
-MODEL_KEYWORDS = ("use_cache", "output_hidden_states", *FLAGS)
+MODEL_KEYWORDS = ("use_cache", "output_hidden_states", *FLAGS, *PACKING_KEYWORDS)
 
 
 def split_keywords(

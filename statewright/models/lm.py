@@ -20,10 +20,12 @@ from statewright.models.keywords import (
     FLAGS,
     LOSS_KEYWORDS,
     MODEL_KEYWORDS,
+    PACKING_KEYWORDS,
     refuse_attentions,
     split_keywords,
 )
 from statewright.models.outputs import StatewrightModelOutput, StatewrightOutput
+from statewright.models.packing import Call, document_starts
 from statewright.models.pretrained import StatewrightPreTrainedModel
 from statewright.policies import Policy, build_policy
 from statewright.shapes import require
@@ -94,10 +96,11 @@ class StatewrightModel(StatewrightPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         policy: Policy | str | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> StatewrightModelOutput:
         """See `StatewrightForCausalLM.forward`."""
-        (flags,) = split_keywords("forward", kwargs, FLAGS)
+        packing, flags = split_keywords("forward", kwargs, PACKING_KEYWORDS, FLAGS)
         refuse_attentions(flags.get("output_attentions"), self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -105,9 +108,12 @@ class StatewrightModel(StatewrightPreTrainedModel):
             raise ValueError("forward: give exactly one of input_ids and inputs_embeds")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = require("forward", "inputs", x, "B T D", D=self.config.hidden_size)
-        state = self._check_state(_held(past_key_values, state), B)
+        given = _held(past_key_values, state)
+        fresh, state = given is None, self._check_state(given, B)
         mask = _own_mask(attention_mask, B, T)
-        reset = None if reset is None else reset.bool()
+        fed = None if past_key_values is None else past_key_values.num_tokens
+        call = Call(B, T, mask, state.seen, fed, fresh)
+        reset = document_starts(reset, position_ids, packing, call)
         hidden, states = [], []
         chosen = self.config.policy if policy is None else policy
         policies = layer_policies(self.layers, chosen, self.norms)
@@ -202,13 +208,15 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, StateGenerationMixin):
         past_key_values: StateCache | None = None,
         logits_to_keep: int | Tensor = 0,
         policy: Policy | str | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> StatewrightOutput:
         """input_ids (B, T) or inputs_embeds (B, T, D) -> logits, state, and a loss with labels.
 
         state: where to continue (None: from the start). attention_mask (B, T), or (B, S) with
         S > T whose last T columns count: 0 marks padding, left or right. reset (B, T) bool: a
-        document begins at this token. labels (B, T): shifted here, -100 ignored.
+        document begins at this token; position_ids, seq_idx or cu_seq_lens_q say the same as
+        `packing.document_starts` reads them. labels (B, T): shifted here, -100 ignored.
         logits_to_keep: only the last that many positions (0: all), or their indices. policy: see
         `policies`; None: the config's; "none": none. donate: the state is given away and may be
         written over. Raises ValueError for shapes that do not fit, a state and a filled cache
@@ -223,6 +231,7 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, StateGenerationMixin):
             inputs_embeds,
             past_key_values,
             policy=policy,
+            position_ids=position_ids,
             return_dict=True,
             **for_model,
         )
