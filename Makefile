@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt $(wildcard setup.py statewright/ops/csrc/*)
 
-.PHONY: quickstart test test-slow lint bench docs clean
+.PHONY: quickstart test test-slow conformance lint bench docs clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.ready: $(SOURCES)
@@ -41,6 +41,10 @@ docs: $(VENV)/.ready ## Regenerate docs/check.md and the README's table; the sit
 		write_readme(Path('README.md'), Path('benchmarks/results'))"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict
+
+conformance: $(VENV)/.ready ## transformers' own tests on every mixer (fetched; see docs/conformance.md)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt parameterized
+	$(BIN)/python conformance/run.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -97,7 +97,7 @@ class OwnRunner(HostRunner):
         return out.logits, out.state
 
     def packed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.model(ids, reset=positions == 0).logits
+        return self.model(ids, position_ids=positions).logits
 
     def state(self, cache: Any, seen: int) -> State:
         return cache
