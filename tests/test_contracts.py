@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import constants
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -96,6 +98,27 @@ def test_loading_an_id_from_the_hubs_cache(calibrated, tmp_path, monkeypatch, pi
     assert same(loaded, calibrated) and loaded.model.norms is None
 
 
+def test_what_is_pushed_is_whole(calibrated, tmp_path, monkeypatch) -> None:
+    """From a directory that holds an older copy, too: only what changed is pushed."""
+    calibrated.save_pretrained(tmp_path / "model")
+    calibrated.model.norms = tuple(norm + 1 for norm in calibrated.model.norms)
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            return SimpleNamespace(repo_id=name)
+
+        def create_commit(self, operations, **options):
+            pushed.append({operation.path_in_repo for operation in operations})
+
+    for module in (transformers.modeling_utils, transformers.utils.hub):
+        monkeypatch.setattr(module, "hf_api", Hub)
+    calibrated.save_pretrained(tmp_path / "model", push_to_hub=True)
+    assert {FILE, "config.json", "model.safetensors"} <= pushed[0]
+    again = StatewrightForCausalLM.from_pretrained(tmp_path / "model")
+    assert same_norms(calibrated, again)
+
+
 @BOTH
 @pytest.mark.parametrize("configured", [False, True])
 def test_tuples(whole: bool, configured: bool) -> None:
@@ -171,6 +194,11 @@ def test_cache_implementations_are_refused_by_name(kind: str) -> None:
             model.generate(ids, max_new_tokens=2, **options)
     want = model.generate(ids, max_new_tokens=2)
     assert torch.equal(model.generate(ids, max_new_tokens=2, cache_implementation="dynamic"), want)
+
+
+def test_continuous_batching_is_refused() -> None:
+    with pytest.raises(ValueError, match="generate_batch: continuous batching pages lists"):
+        build("attention").generate_batch([[1, 2, 3]])
 
 
 def test_the_cache_answers_what_transformers_asks() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from transformers import GenerationMixin
 
@@ -38,6 +40,12 @@ class StateGenerationMixin(GenerationMixin):
             if repeats > 1:
                 state = state.rows(torch.arange(batch_size).repeat_interleave(repeats))
         model_kwargs["past_key_values"] = StateCache(state)
+
+    def init_continuous_batching(self, *args, **kwargs) -> NoReturn:
+        raise ValueError(
+            "generate_batch: continuous batching pages lists of keys and values, which a State is "
+            "not; give generate a padded batch, or each text its own state"
+        )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
         """None: a State counts its rows' tokens itself; only the caller's positions are read."""

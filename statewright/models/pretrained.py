@@ -54,8 +54,17 @@ class StatewrightPreTrainedModel(PreTrainedModel):
     ) -> None:
         """As transformers'. With adapters (PEFT) these alone are written, norms with the base."""
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process and not self._hf_peft_config_loaded:
-            write_norms(self.base_model.norms, save_directory)
+        if is_main_process:
+            self._save_norms(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kw: Any) -> Any:
+        """`save_pretrained(push_to_hub=True)` pushes before it returns: the norms go with it."""
+        self._save_norms(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kw)
+
+    def _save_norms(self, directory: str | os.PathLike) -> None:
+        if not self._hf_peft_config_loaded:
+            write_norms(self.base_model.norms, directory)
 
     @classmethod
     def from_pretrained(
