@@ -32,10 +32,8 @@ TOLERANCE = laws.TOLERANCES[torch.float64, "torch"]
 
 def build(mixer="mingru", dtype=torch.float64, **options) -> StatewrightForCausalLM:
     torch.manual_seed(0)
-    sizes = dict(vocab_size=V, hidden_size=D, num_hidden_layers=3, mlp_ratio=2.0)
-    return (
-        StatewrightForCausalLM(StatewrightConfig(mixer=mixer, **sizes, **options)).to(dtype).eval()
-    )
+    sizes = dict(vocab_size=V, hidden_size=D, num_hidden_layers=3, mlp_ratio=2.0) | options
+    return StatewrightForCausalLM(StatewrightConfig(mixer=mixer, **sizes)).to(dtype).eval()
 
 
 def documents(lengths=LENGTHS) -> list[Tensor]:
@@ -186,6 +184,25 @@ def test_one_document_costs_nothing(monkeypatch) -> None:
     assert len(resets) == 6 and all(reset is None for reset in resets)
     model(ids, reset=torch.ones(1, 9), position_ids=torch.arange(9)[None])
     assert resets[-1].all()
+
+
+def test_no_tokens_and_no_documents() -> None:
+    model, ids = build(), documents([5])[0][None]
+    state = model(ids).state
+    none = model(ids[:, :0], state=state, position_ids=torch.zeros(1, 0, dtype=torch.long))
+    assert none.logits.shape == (1, 0, V) and laws.error(none.state, state) == 0
+    bounds = torch.tensor([0, 0, 2, 2, 5, 5], dtype=torch.int32)
+    got = model(ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=3, max_length_k=3)
+    assert laws.error(got.logits[:, 2:], model(ids[:, 2:]).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["position_ids", "all"])
+def test_compiled_code_packs_without_a_break(form: str) -> None:
+    model, inputs = build(num_hidden_layers=1), flattened(form, documents())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert laws.error(compiled(**inputs).logits, model(**inputs).logits) < TOLERANCE
 
 
 MISTAKES = [

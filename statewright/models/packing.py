@@ -98,7 +98,8 @@ def _previous(call: Call) -> Tensor:
     columns = columns.expand(call.batch_size, -1)
     if call.mask is not None:
         columns = torch.where(call.mask, columns, -1).cummax(1).values
-    return torch.cat([columns.new_full((call.batch_size, 1), -1), columns[:, :-1]], 1)
+    before = torch.cat([columns.new_full((call.batch_size, 1), -1), columns], 1)
+    return before[:, : call.num_tokens]
 
 
 def _numbers(packing: Mapping[str, Any], call: Call) -> dict[str, Tensor]:
