@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -265,8 +267,12 @@ def padded(texts: list[dict]) -> dict:
 
 
 def test_trainer_learns_the_same_from_packed_documents(tmp_path) -> None:
-    """Three steps of transformers' Trainer: the losses it logs, and the weights."""
+    """Three steps of transformers' Trainer: the losses it logs, and the weights.
+
+    A data set's own column survives because Trainer finds its name in forward's signature.
+    """
     pytest.importorskip("accelerate")
+    assert "position_ids" in inspect.signature(StatewrightForCausalLM.forward).parameters
     texts = [
         {"input_ids": text.tolist()} for text in documents([5, 3, 9, 2, 4, 7, 6, 3, 8, 2, 5, 4])
     ]
