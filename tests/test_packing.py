@@ -7,6 +7,8 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
@@ -186,6 +188,43 @@ def test_one_document_costs_nothing(monkeypatch) -> None:
     assert len(resets) == 6 and all(reset is None for reset in resets)
     model(ids, reset=torch.ones(1, 9), position_ids=torch.arange(9)[None])
     assert resets[-1].all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_packing_in_any_chunks(data) -> None:
+    """Rows of documents with masked tokens anywhere, counted as callers do, cut into calls."""
+    model = build(["gru", "attention"], num_hidden_layers=2, mlp_ratio=0.0)
+    B, T = 2, 12
+    flags = st.lists(st.booleans(), min_size=B * T, max_size=B * T)
+    mask = torch.tensor(data.draw(flags)).view(B, T)
+    numbers = torch.tensor(data.draw(flags)).view(B, T).cumsum(1)
+    counts, firsts = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
+    for row in range(B):
+        for number in numbers[row].unique():
+            own = (numbers[row] == number) & mask[row]
+            counts[row, own] = torch.arange(int(own.sum()))
+            firsts[row, own.nonzero()[:1]] = True
+    counts[~mask] = data.draw(st.integers(-1, 5))
+    ids = documents([B * T])[0].view(B, T)
+    cuts = sorted({0, T, *data.draw(st.lists(st.integers(0, T), max_size=3))})
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask, reset=firsts)
+        for cached in (False, True):
+            before, parts = {}, []
+            for begin, end in zip(cuts, cuts[1:]):
+                own = slice(begin, end)
+                out = model(
+                    ids[:, own], attention_mask=mask[:, own], position_ids=counts[:, own], **before
+                )
+                parts.append(out.logits)
+                before = (
+                    {"past_key_values": out.past_key_values} if cached else {"state": out.state}
+                )
+            assert laws.error(torch.cat(parts, 1)[mask], want.logits[mask]) < TOLERANCE
+            assert laws.error(out.state, want.state) < TOLERANCE
+        whole = model(ids, attention_mask=mask, position_ids=counts, seq_idx=numbers)
+        assert torch.equal(whole.logits, want.logits)
 
 
 def test_no_tokens_and_no_documents() -> None:
