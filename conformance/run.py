@@ -128,7 +128,7 @@ def main() -> int:
         print(f"{mixer:10} {passed:5} {failed:5} {skipped:5}")
     known = known_failures(PAGE.read_text(encoding="utf-8"), table)
     lines = differences(outcomes.failed, known, outcomes.passed)
-    print(*lines, sep="\n")
+    print(*(lines or [f"nothing differs from {PAGE.relative_to(ROOT)}"]), sep="\n")
     return int(bool(lines) or not table)
 
 

@@ -221,13 +221,13 @@ def test_the_cache_answers_what_transformers_asks() -> None:
 
 def test_every_method_of_a_cache_is_ours_or_says_why_not() -> None:
     """A newer transformers' method would meet no layers: it must be decided on here."""
-    decided = {"activate_past_recording", "is_recording_past", "get_query_offset", "update_indexer"}
-    decided |= {"is_sliding", "is_linear", "is_dummy", "has_linear_attention", "max_batch_size"}
+    decided = {"get_query_offset", "is_sliding", "is_linear", "is_dummy"}
     theirs = {name for name in vars(Cache) if not name.startswith("_")}
     assert theirs - vars(StateCache).keys() <= decided
     cache = build()(tokens()).past_key_values
     x = torch.zeros(B, 1, 1, 8)
-    for name in ("update", "update_conv_state", "update_recurrent_state", "get_recurrent_state"):
+    assert cache.is_recording_past(0) is False
+    for name in ("update", "update_conv_state", "update_indexer", "get_recurrent_state"):
         with pytest.raises(ValueError, match=rf"StateCache.{name}: .*cache.state.layers"):
             getattr(cache, name)(x, x, 0)
 

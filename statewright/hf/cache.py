@@ -64,6 +64,9 @@ class StateCache(Cache):
     ) -> bool:
         return self.is_initialized
 
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
     def advance(self, state: ModelState, num_tokens: int) -> None:
         """Store the state after `num_tokens` more tokens."""
         self.state = state
@@ -92,6 +95,8 @@ class StateCache(Cache):
     update = _per_layer("update")
     update_conv_state = _per_layer("update_conv_state")
     update_recurrent_state = _per_layer("update_recurrent_state")
+    update_indexer = _per_layer("update_indexer")
+    activate_past_recording = _per_layer("activate_past_recording")
     get_conv_state = _per_layer("get_conv_state")
     get_recurrent_state = _per_layer("get_recurrent_state")
     early_initialization = _per_layer("early_initialization")
