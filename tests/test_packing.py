@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    GenerationMixin,
+    Trainer,
+    TrainingArguments,
+)
 
 from statewright import laws
 from statewright.hf.cache import StateCache
@@ -136,6 +141,38 @@ def test_masked_tokens_have_no_position() -> None:
     got = model(ids, attention_mask=mask, seq_idx=numbers)
     assert torch.equal(got.logits, model(ids, attention_mask=mask, reset=reset).logits)
     assert got.state.seen.tolist() == [2]
+
+
+@pytest.mark.parametrize("options", [{}, dict(prefill_chunk_size=3), dict(num_beams=2)])
+def test_positions_that_generate_makes_begin_nothing(monkeypatch, options: dict) -> None:
+    """transformers would count them from the mask or the cache; ours leaves them out."""
+    model, (text, more) = build(["gru", "attention"]), documents([8, 3])
+    ids, mask = text.expand(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :5] = 0
+    state = model(ids[:, :4]).state
+    options = dict(options, max_new_tokens=4, do_sample=False)
+
+    def written() -> list[Tensor]:
+        cache = StateCache()
+        first = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        turn = torch.cat([first, more.expand(len(first), 3)], 1)
+        longer = torch.cat([mask, torch.ones(2, 7, dtype=torch.long)], 1)
+        second = model.generate(turn, attention_mask=longer, past_key_values=cache, **options)
+        return [first, second, model.generate(ids[:, 4:], state=state, **options)]
+
+    want, sent = written(), []
+    monkeypatch.setattr(
+        type(model),
+        "_prepare_position_ids_for_generation",
+        GenerationMixin._prepare_position_ids_for_generation,
+    )
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: sent.append(given.get("position_ids")), with_kwargs=True
+    )
+    got = written()
+    hook.remove()
+    assert sent and all(positions is not None for positions in sent)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("size", [None, 5, 6, 17])
