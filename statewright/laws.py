@@ -106,6 +106,12 @@ class Case:
 
     @property
     def tolerance(self) -> float:
+        """Of this dtype and backend, relative; ValueError where the table has none."""
+        if (self.dtype, self.backend) not in TOLERANCES:
+            known = ", ".join(f"{dtype} on {backend}" for dtype, backend in TOLERANCES)
+            raise ValueError(
+                f"laws: no tolerance for {self.dtype} on backend {self.backend!r} (known: {known})"
+            )
         return TOLERANCES[self.dtype, self.backend]
 
     def draw(self, subject: Subject) -> tuple[Tensor, State, Tensor | None, Tensor | None]:

@@ -96,6 +96,11 @@ class Mixer(nn.Module):
 
         starts (B, T): the resets that count, those of unmasked tokens.
         """
+        if self.is_linear and recurrent_parts(policy):
+            raise ValueError(
+                f"{type(self).__name__}: policy={policy!r} wraps a scan, and this mixer's `run` "
+                "has none: expected a `run` of its own that applies it, or is_linear = False"
+            )
         outputs = []
         for t in range(x.shape[1]):
             at_t = [None if flags is None else flags[:, t] for flags in (mask, starts)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -35,19 +36,26 @@ MATRIX_BACKENDS: dict[str, Callable] = {
     "native": native_matrix.matrix_scan,
 }
 
-_default = "auto"
+# The open blocks of this thread (or task), innermost last. Each block removes its own entry, so
+# blocks that close in another order than they opened leave nothing behind.
+_BLOCKS: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("statewright_backend", default=())
 
 
 @contextmanager
 def default_backend(name: str) -> Iterator[None]:
-    """Within the block, scans called without `backend=` use this one (for all threads)."""
-    global _default
-    _known(name, VECTOR_BACKENDS, False)
-    before, _default = _default, name
+    """Within the block, this thread's scans called without `backend=` use this one.
+
+    Other threads and asyncio tasks keep their own choice. A compiled graph keeps the choice that
+    held when it was traced. A kind of scan without this backend (`log` has no matrix form) takes
+    `auto`, announced once. Raises ValueError for a name that no kind of scan knows.
+    """
+    _require_known(name, {**VECTOR_BACKENDS, **MATRIX_BACKENDS})
+    block = (object(), name)
+    _BLOCKS.set((*_BLOCKS.get(), block))
     try:
         yield
     finally:
-        _default = before
+        _BLOCKS.set(tuple(b for b in _BLOCKS.get() if b is not block))
 
 
 def vector_scan(
@@ -72,8 +80,8 @@ def vector_scan(
         require("vector_scan", "reset", reset, "B T", B=B, T=T)
     if T == 0:
         return torch.empty_like(b), h0.to(state_dtype(b.dtype, h0.dtype), copy=True)
-    scan = _known(backend or _default, VECTOR_BACKENDS, native_fits(log_a, b, state=h0))
-    return scan(log_a, b, h0, reset)
+    fits = native_fits(log_a, b, state=h0)
+    return _choose("vector", backend, VECTOR_BACKENDS, fits)(log_a, b, h0, reset)
 
 
 def matrix_scan(
@@ -107,7 +115,7 @@ def matrix_scan(
     if T == 0:
         return torch.empty_like(v), S0.to(state_dtype(v.dtype, S0.dtype), copy=True)
     fits = native_matrix.supports(q, k, v, log_a, S0, reset) and _native_is_built()
-    return _known(backend or _default, MATRIX_BACKENDS, fits)(q, k, v, log_a, S0, reset)
+    return _choose("matrix", backend, MATRIX_BACKENDS, fits)(q, k, v, log_a, S0, reset)
 
 
 def state_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -117,7 +125,7 @@ def state_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 def use_fused(x: Tensor, state: Tensor) -> bool:
     """Whether a mixer takes its fused C kernel on these tensors, under the default backend."""
-    return _default in ("auto", "native") and native_fits(x, state=state)
+    return _default("vector") in ("auto", "native") and native_fits(x, state=state)
 
 
 def native_fits(*sequences: Tensor, state: Tensor) -> bool:
@@ -147,10 +155,35 @@ def _announce_absence() -> None:
     )
 
 
-def _known(name: str, backends: dict[str, Callable], fits: bool) -> Callable:
+def _choose(kind: str, name: str | None, backends: dict[str, Callable], fits: bool) -> Callable:
+    if name is None:
+        name = _default(kind)
+    else:
+        _require_known(name, backends)
     if name == "auto":
-        return backends["native" if fits else "torch"]
-    if name not in backends:
+        name = "native" if fits else "torch"
+    return backends[name]
+
+
+# torch.compile cannot trace a ContextVar; so it takes what this returns while it traces.
+@torch.compiler.assume_constant_result
+def _default(kind: str) -> str:
+    """The name that this thread chose, or "auto" where scans of this kind have no such backend."""
+    blocks = _BLOCKS.get()
+    name = blocks[-1][1] if blocks else "auto"
+    known = VECTOR_BACKENDS if kind == "vector" else MATRIX_BACKENDS
+    if name == "auto" or name in known:
+        return name
+    _announce_kind(kind, name)
+    return "auto"
+
+
+@cache
+def _announce_kind(kind: str, name: str) -> None:
+    warnings.warn(f"{kind} scans have no backend {name!r}; they take 'auto'", stacklevel=2)
+
+
+def _require_known(name: str, backends: dict[str, Callable]) -> None:
+    if name != "auto" and name not in backends:
         known = ", ".join(["auto", *backends])
         raise ValueError(f"unknown scan backend {name!r} (known: {known})")
-    return backends[name]

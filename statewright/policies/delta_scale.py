@@ -24,11 +24,11 @@ class DeltaScale(RecurrentPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not all(0 < factor < math.inf for factor in self.factors):
+        if not all(0 < factor < math.inf for factor in self.layer_factors):
             raise ValueError(f"deltascale: factor={self.factor}, expected numbers > 0")
 
     @property
-    def factors(self) -> list[float]:
+    def layer_factors(self) -> list[float]:
         """One for all layers, or one for each."""
         try:
             return [float(text) for text in str(self.factor).split("/")]
@@ -38,7 +38,7 @@ class DeltaScale(RecurrentPolicy):
             ) from None
 
     def for_layer(self, layer: int, num_layers: int) -> DeltaScale:
-        factors = self.factors
+        factors = self.layer_factors
         if len(factors) == 1:
             return self
         if len(factors) != num_layers:
@@ -51,5 +51,10 @@ class DeltaScale(RecurrentPolicy):
     def scan(self, next_scan: Scan, gates: Gates, state: State) -> tuple[Tensor, State]:
         if not gates.has_delta:
             raise ValueError("deltascale: only Mamba and Mamba-2 have a step size; use forgetmore")
-        (factor,) = self.factors
+        if len(self.layer_factors) != 1:
+            raise ValueError(
+                f"deltascale: factor={self.factor!r} is for the layers of a model, expected one "
+                "number for one layer"
+            )
+        (factor,) = self.layer_factors
         return next_scan(replace(gates, v=gates.v * factor, log_a=gates.log_a * factor), state)
