@@ -78,8 +78,8 @@ class Attention(Mixer):
         return Rule(scale=self.head_dim**-0.5, window=self.window, placement=placement)
 
     def init_state(self, batch_size: int) -> KVState:
-        weight, size = self.k_proj.weight, self.head_dim
-        return empty_list(batch_size, self.num_kv_heads, size, size, weight.dtype, weight.device)
+        like, size = self.like, self.head_dim
+        return empty_list(batch_size, self.num_kv_heads, size, size, like.dtype, like.device)
 
     def random_state(self, batch_size: int, generator: torch.Generator) -> KVState:
         """Up to five of the last eight tokens, in any order; every other row lacks one."""

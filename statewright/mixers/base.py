@@ -25,6 +25,23 @@ class Mixer(nn.Module):
 
     hidden_size: int
     is_linear: bool = False
+    _like: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("_like", torch.empty(0), persistent=False)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of this mixer's dtype and device, to make states from.
+
+        A quantised layer has no weight, or one of another dtype, so this is the first parameter
+        of 16 bits or more, or else an empty buffer that moves with the mixer.
+        """
+        for parameter in self.parameters():
+            if parameter.is_floating_point() and parameter.element_size() > 1:
+                return parameter
+        return self._like
 
     def init_state(self, batch_size: int) -> State:
         """The state of `batch_size` rows that have seen nothing."""

@@ -39,17 +39,19 @@ class ImplicitFilter(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
         self.last = nn.Linear(sizes[-1], channels, bias=False)
 
-    def forward(self, count: int) -> Tensor:
-        """The first `count` values: (count, channels), in at least float32."""
-        weight = self.last.weight
-        dtype = state_dtype(weight.dtype)
-        t = torch.arange(count, device=weight.device, dtype=dtype).unsqueeze(1) / self.length
+    def forward(self, count: int, like: Tensor) -> Tensor:
+        """The first `count` values: (count, channels), in at least float32.
+
+        like: a tensor of the layers' dtype and device, which quantised layers cannot tell.
+        """
+        dtype = state_dtype(like.dtype)
+        t = torch.arange(count, device=like.device, dtype=dtype).unsqueeze(1) / self.length
         angle = 2 * math.pi * t * torch.arange(self.bands, device=t.device, dtype=dtype)
-        x = torch.cat([t, angle.cos(), -angle.sin()], 1).to(weight.dtype)
+        x = torch.cat([t, angle.cos(), -angle.sin()], 1).to(like.dtype)
         for layer in self.hidden:
             x = (self.frequency * layer(x)).sin()
         rates = torch.linspace(
-            -math.log(_LEFT) / _FASTEST, -math.log(_LEFT) / _SLOWEST, weight.shape[0]
+            -math.log(_LEFT) / _FASTEST, -math.log(_LEFT) / _SLOWEST, self.last.out_features
         )
         return self.last(x).to(dtype) * (-t * rates.to(t)).exp()
 
@@ -93,8 +95,8 @@ class Hyena(Mixer):
         nn.init.normal_(self.skip)
 
     def init_state(self, batch_size: int) -> KVState:
-        weight = self.out_proj.weight
-        state = empty_list(batch_size, self.order, self.hidden_size, 0, weight.dtype, weight.device)
+        like = self.like
+        state = empty_list(batch_size, self.order, self.hidden_size, 0, like.dtype, like.device)
         return state.with_extra(_TAPS, self.conv.init_taps(batch_size), _TAPS_AXES)
 
     def random_state(self, batch_size: int, generator: torch.Generator) -> KVState:
@@ -138,7 +140,7 @@ class Hyena(Mixer):
             old_taps = old_taps.masked_fill(starts.view(-1, 1, 1), 0)
         parts, taps = self.conv.update(self.in_proj(x), old_taps)
         v, *gates = parts.chunk(self.order + 1, -1)
-        h = self.filter(int(seen.max()) + 1).unflatten(1, (self.order, -1))
+        h = self.filter(int(seen.max()) + 1, self.skip).unflatten(1, (self.order, -1))
         inputs = []
         for i, gate in enumerate(gates):
             inputs.append(v)
@@ -197,7 +199,7 @@ class Hyena(Mixer):
         """All orders over these tokens, each laid out on a line by position with its past."""
         v, *gates = parts.chunk(self.order + 1, -1)
         T, size = v.shape[1], int(pos.max()) + 1 if pos.numel() else 1
-        h, inputs = self.filter(max(size, 1)).unflatten(1, (self.order, -1)), []
+        h, inputs = self.filter(max(size, 1), self.skip).unflatten(1, (self.order, -1)), []
         # One place beyond the line takes what has no position.
         index = torch.where(pos >= 0, pos, size)
         for i, gate in enumerate(gates):

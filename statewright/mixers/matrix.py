@@ -48,15 +48,11 @@ class MatrixMixer(Mixer):
     def output(self, o: Tensor, u: Tensor, rest: Any) -> Tensor:
         raise NotImplementedError
 
-    @property
-    def _weight(self) -> Tensor:
-        return next(self.parameters())
-
     def init_state(self, batch_size: int) -> MatrixState:
-        weight = self._weight
+        like = self.like
         shape = (batch_size, self.num_heads, self.key_size, self.value_size)
-        S = weight.new_zeros(shape, dtype=state_dtype(weight.dtype))
-        seen = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
+        S = like.new_zeros(shape, dtype=state_dtype(like.dtype))
+        seen = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         return self._with_taps(
             MatrixState(S=S, seen=seen), self.conv and self.conv.init_taps(batch_size)
         )

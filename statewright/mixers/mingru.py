@@ -116,10 +116,10 @@ class MinimalMixer(VectorMixer):
         return g(h) if self.form == "log" else h
 
     def initial(self) -> Tensor:
-        weight = self.in_proj.weight
+        dtype = state_dtype(self.like.dtype)
         if self.init_param is None:
-            return weight.new_zeros(self.inner_size, dtype=state_dtype(weight.dtype))
-        return self.candidate(self.init_param.to(state_dtype(weight.dtype)))
+            return self.like.new_zeros(self.inner_size, dtype=dtype)
+        return self.candidate(self.init_param.to(dtype))
 
     def grown(self, factor: Fraction, init: str) -> dict[str, Any]:
         where = type(self).__name__.lower()
