@@ -14,7 +14,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "statewright"
 FLOORS = {
-    0: ["state", "spec", "shapes", "ragged", "state_file", "token_hash", "cells", "provenance"],
+    0: [
+        "state",
+        "spec",
+        "shapes",
+        "names",
+        "ragged",
+        "state_file",
+        "token_hash",
+        "cells",
+        "provenance",
+    ],
     1: ["ops", "tasks"],
     2: ["policies"],
     3: ["mixers"],

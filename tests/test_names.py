@@ -11,7 +11,9 @@ import torch
 from statewright import laws, ops
 from statewright.mixers import MIXERS, Mixer, build_mixer
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
+from statewright.names import short_names
 from statewright.policies import POLICIES, RecurrentPolicy, build_policy
+from statewright.report.evaluation import evaluation
 
 RECURRENT = [name for name, cls in POLICIES.items() if issubclass(cls, RecurrentPolicy)]
 LINEAR = [name for name, cls in MIXERS.items() if cls.is_linear]
@@ -137,3 +139,18 @@ def test_a_backend_of_one_kind_of_scan_in_a_hybrid(mixer: str, monkeypatch) -> N
 def test_a_case_without_a_tolerance_names_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"backend 'triton' \(known: torch.float64 on ref"):
         _ = laws.Case(backend="triton").tolerance
+
+
+def test_models_of_one_last_name_are_two() -> None:
+    names = short_names(["runs/x/a", "runs/y/a/", "runs/x/b", "a", "org/c"])
+    assert names == {
+        "runs/x/a": "x/a",
+        "runs/y/a/": "y/a",
+        "runs/x/b": "b",
+        "a": "a",
+        "org/c": "c",
+    }
+    cost = {"state_bytes": 64, "tokens_per_second": 1}
+    result = {"policy": "none", "task": "copy", "metrics": {"accuracy": 0.5}, "n": 4, "cost": cost}
+    page = evaluation([{**result, "model": "x/a"}, {**result, "model": "y/a"}], "e")
+    assert "x/a" in page and "y/a" in page

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
 from statewright.cli.common import COUNT, MODEL, SIZES
+from statewright.names import short_names
 
 _MOST_COLUMNS = 5
 
@@ -143,7 +143,7 @@ def _byte_tables(results: list[dict[str, Any]]) -> None:
     console = Console()
     missing = [r for r in results if "unreachable" in r]
     found = [r for r in results if "unreachable" not in r]
-    names = _short([r["model"] for r in results])
+    names = short_names([r["model"] for r in results])
     notes = list(dict.fromkeys(r["unreachable"] for r in missing))
     sizes = sorted({r["target"] for r in results if r["target"] is not None})
     for task in dict.fromkeys(r["task"] for r in found):
@@ -169,12 +169,6 @@ def _byte_tables(results: list[dict[str, Any]]) -> None:
         console.print(table)
     for i, note in enumerate(notes, 1):
         click.echo(f"[{i}] not reachable: {note}")
-
-
-def _short(models: list[str]) -> dict[str, str]:
-    """Each model's last part of a path, if that tells them apart."""
-    names = {model: Path(model).name for model in models}
-    return names if len(set(names.values())) == len(names) else {m: m for m in models}
 
 
 def _table(results: list[dict[str, Any]], named: bool) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from statewright.names import short_names
 from statewright.report.heat import heat_table
 from statewright.report.html import number, section, size, table, words
 from statewright.report.series import Plot, Series, draw
@@ -24,6 +25,8 @@ def evaluation(
 
     against: what `eval --bytes` adds to a file, recall against bytes.
     """
+    names = short_names(str(result["model"]) for result in results)
+    results = [{**result, "model": names[str(result["model"])]} for result in results]
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(_bare(result["task"], "length"), []).append(result)
@@ -109,11 +112,7 @@ def _who(result: Result, several: bool) -> str:
     policy = result["policy"]
     if not several:
         return policy
-    return _model(result) if policy == "none" else f"{_model(result)} · {policy}"
-
-
-def _model(result: Result) -> str:
-    return str(result["model"]).rstrip("/").rpartition("/")[2]
+    return result["model"] if policy == "none" else f"{result['model']} · {policy}"
 
 
 def _several(found: Sequence[Result]) -> bool:
@@ -168,7 +167,7 @@ def _table(found: Sequence[Result], metric: str) -> str:
                 f"{first['n']}{seeds}",
             ]
         )
-    model = "" if several else f"{_model(found[0])}; "
+    model = "" if several else f"{found[0]['model']}; "
     return table(f"{model}± is one standard error", heads, rows)
 
 
@@ -271,7 +270,7 @@ def _heat(found: Sequence[Result]) -> list[str]:
         ):
             length = _option(part[0]["task"], "length")
             rows.append((f"{length:,}" if length else part[0]["task"], _depths(part)))
-        who = f"{_model(group[0])} · {group[0]['policy']}"
+        who = f"{group[0]['model']} · {group[0]['policy']}"
         heads = [str(100 * i // _BINS) for i in range(_BINS)]
         shown.append(heat_table(f"{who}: % right", "length, depth", heads, rows))
     told = (
