@@ -83,3 +83,13 @@ def test_states_follow_a_mixer_without_weights(name: str) -> None:
             assert other.dtype == torch.float64 and got.dtype in (torch.bfloat16, torch.float32)
     meta = weightless(build_mixer(SPECS.get(name, name), D)).to("meta")
     assert meta.like.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_made_on_meta_moves_once_its_weights_are_assigned(name: str) -> None:
+    text = SPECS.get(name, name)
+    with torch.device("meta"):
+        late = build_mixer(text, D)
+    late.load_state_dict(build_mixer(text, D).state_dict(), assign=True)
+    assert late.to("cpu", torch.float64).init_state(1).seen.device.type == "cpu"
+    assert late.like.dtype == torch.float64

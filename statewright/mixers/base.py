@@ -29,7 +29,9 @@ class Mixer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("_like", torch.empty(0), persistent=False)
+        # Empty, so on the CPU also under torch.device("meta"): weights may be assigned later, and
+        # no file holds this.
+        self.register_buffer("_like", torch.empty(0, device="cpu"), persistent=False)
 
     @property
     def like(self) -> Tensor:
