@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from statewright.mixers.kv import empty_list, extend
-from statewright.policies import POLICIES, TOVA, Eviction, Window, build_policy, policy_spec
+from statewright.policies import (
+    POLICIES,
+    TOVA,
+    Eviction,
+    KeyDiff,
+    Slots,
+    Window,
+    build_policy,
+    policy_spec,
+)
 from statewright.policies.base import victims
 from statewright.policies.simulate import Rule
 from statewright.policies.timeline import Timeline
@@ -127,14 +136,54 @@ def test_random_is_pure_and_uniform() -> None:
     assert abs(left / 150 - 1 / 9) < 0.08
 
 
+def choose(score, pos, excess, policy=None) -> list:
+    """The positions that `victims` names, sorted."""
+    score = torch.tensor([[score]], dtype=torch.float64)
+    pos = torch.tensor([[pos]])
+    empty = score.new_zeros(1, 1, len(pos[0, 0]), 0)
+    peak = score.new_zeros(1, 1)
+    slots = Slots(empty, empty, pos, pos.amax(-1)[:, 0] + 1, None, pos[:, 0, 0] * 0, {}, peak)
+    chosen = victims(policy or Window(budget=1), slots, score, torch.tensor([[excess]]))
+    return sorted(pos[chosen].tolist())
+
+
 def test_ties_leave_oldest_first_and_never_empty_slots() -> None:
-    pos = torch.tensor([[[7, -1, 3, 5, 9]]])
-    score = torch.tensor([[[1.0, 0.0, 1.0, 1.0, float("inf")]]])
-    for excess, gone in ((1, [3]), (2, [3, 5]), (3, [3, 5, 7]), (4, [3, 5, 7, 9])):
-        chosen = victims(score, pos, torch.tensor([[excess]]))
-        assert sorted(pos[chosen].tolist()) == gone
-    nothing = victims(score, pos, torch.tensor([[0]]))
-    assert not nothing.any()
+    pos, score = [7, -1, 3, 5, 9], [1.0, 0.0, 1.0, 1.0, float("inf")]
+    for excess, gone in ((0, []), (1, [3]), (2, [3, 5]), (3, [3, 5, 7]), (4, [3, 5, 7, 9])):
+        assert choose(score, pos, excess) == gone
+    assert choose(score, pos, 9) == [3, 5, 7, 9]
+
+
+def test_where_a_score_is_no_number_the_oldest_leaves() -> None:
+    nan = float("nan")
+    assert choose([1.0, nan, 0.5, nan], [4, 2, 1, -1], 1) == [1]
+    assert choose([0.5, nan, 1.0, 0.7], [4, 1, 3, 2], 2) == [1, 4]
+    assert choose([nan] * 3, [2, 0, 1], 2) == [0, 1]
+
+
+def one_by_one(score: list, pos: list, excess: int, reach: float) -> list:
+    """The definition: the oldest within reach of the present minimum, then again."""
+    left, gone = {p: s for s, p in zip(score, pos) if p >= 0}, []
+    for _ in range(min(excess, len(left))):
+        least = min(left.values())
+        near = [p for p, s in left.items() if s <= least + (reach if s != least else 0)]
+        gone.append(min(near))
+        del left[min(near)]
+    return sorted(gone)
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0, 9.0, 40.0], ids=["equal", "tie", "chain", "apart"])
+def test_victims_are_chosen_one_after_the_other(spread: float) -> None:
+    """Scores some roundings apart: ties, chains that are no ties, and both kinds of neighbours."""
+    policy, eps = KeyDiff(budget=1), torch.finfo(torch.float64).eps
+    generator = torch.Generator().manual_seed(int(spread))
+    for _ in range(60):
+        steps = torch.randint(0, 9, (12,), generator=generator) * spread / 4
+        score = (-1 + steps.double() * eps).tolist()
+        pos = (torch.randperm(14, generator=generator)[:12] - 1).tolist()
+        for excess in (1, 2, 5, 11, 12):
+            want = one_by_one(score, pos, excess, 8 * eps)
+            assert choose(score, pos, excess, policy) == want, (score, pos, excess)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

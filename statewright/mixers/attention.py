@@ -164,7 +164,8 @@ class Attention(Mixer):
             q = placement.turn(q.flatten(2, 3), own.flatten(2)).view(q.shape).to(k.dtype)
             turned = placement.turn(k, places).to(k.dtype)
         logits = q @ turned.unsqueeze(2).mT
-        weights = self.rule.weights(logits, (pos >= 0).unsqueeze(2))
+        visible = (pos >= 0).unsqueeze(2)
+        weights = self.rule.weights(logits, visible)
         y = self.o_proj((weights @ v.unsqueeze(2)).flatten(1, 3).view(B, -1))
         seen = seen + active
         left, marks = pos >= 0, {}
@@ -172,7 +173,8 @@ class Attention(Mixer):
             left = left & (seen.view(-1, 1, 1) - pos < self.window)
         if isinstance(policy, Eviction):
             weights = weights * active.view(-1, 1, 1, 1, 1)
-            left, marks = _evict(policy, state, k, v, pos, left, seen, active, weights)
+            attention = weights, self.rule.peak(logits.detach(), visible)
+            left, marks = _evict(policy, state, k, v, pos, left, seen, active, attention)
         return y, tidy(state, k, v, pos, seen, left, marks)
 
     def forward(
@@ -217,17 +219,18 @@ def _evict(
     left: Tensor,
     seen: Tensor,
     active: Tensor,
-    weights: Tensor,
+    attention: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What is left of the slots after one token under the policy, and their marks."""
     policy = bounded(policy, state, k, v)
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
     marks = {n: F.pad(m, (0, 1)) for n, m in marks_of(policy, state).items()}
     last = torch.where(active, 0, -1)
-    slots = Slots(k.to(wide), v.to(wide), pos, seen, weights.to(wide), last, marks)
+    rows, peak = (t.to(wide) for t in attention)
+    slots = Slots(k.to(wide), v.to(wide), pos, seen, rows, last, marks, peak)
     marks = policy.observe(slots)
     pos = pos.masked_fill(~left, -1)
     due = (seen % policy.every == 0) & active
     excess = (left.sum(-1) - policy.budget).clamp(min=0) * due.unsqueeze(1)
     slots = replace(slots, pos=pos, marks=marks)
-    return left & ~victims(policy.score(slots), pos, excess), marks
+    return left & ~victims(policy, slots, policy.score(slots), excess), marks

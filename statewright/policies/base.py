@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ MARK = "policy_"
 _UNITS = {"b": 1, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kib|mib|gib)", re.IGNORECASE)
 _LONGEST = torch.iinfo(torch.int64).max
+_ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Slots:
     rows: Tensor | None
     last: Tensor
     marks: Mapping[str, Tensor]
+    peak: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Eviction(Policy):
     budget: tokens per layer, or bytes per sequence over all layers, positions and scores included
     ("64KiB", also B, MiB, GiB). The current query attends to budget + 1 tokens, itself included,
     and the eviction follows (arXiv:2401.06104, algorithm 1). Between dues, N <= budget +
-    (seen mod every). Ties go to the oldest token that is not protected.
+    (seen mod every). Of equal scores, up to rounding, the oldest leaves (`victims`).
 
     A subclass gives `score(slots)` (B, H, N): the lowest leaves, infinity is protected. `needs`
     says what it reads: "none", "keys" (and values), "last_row" or "column_sums" of the attention.
@@ -95,6 +98,14 @@ class Eviction(Policy):
     def score(self, slots: Slots) -> Tensor:
         """(B, H, N): the lowest leaves first; infinity is protected."""
         raise NotImplementedError
+
+    def magnitude(self, score: Tensor, slots: Slots) -> Tensor:
+        """The size of the numbers that each score (B, H, n) was computed from.
+
+        Scores within 8 roundings of that size are equal. As it stands, for a score whose error is
+        relative to itself; where larger terms enter, their size; 0 for scores that are exact.
+        """
+        return score.abs()
 
     def for_layer(self, layer: int, num_layers: int) -> Self:
         """A budget in bytes is divided equally; one in tokens holds for every layer."""
@@ -142,37 +153,69 @@ def protect(score: Tensor, kept: Tensor) -> Tensor:
     return score.masked_fill(kept, float("inf"))
 
 
-def lowest(score: Tensor, pos: Tensor) -> Tensor:
-    """(B, H, 1): the slot with the lowest score, the oldest of equal ones; all slots are filled."""
-    least = score == score.amin(-1, keepdim=True)
-    return torch.where(least, pos, _LONGEST).argmin(-1, keepdim=True)
+def victim(policy: Eviction, slots: Slots, score: Tensor) -> Tensor:
+    """(B, H, 1): the slot that leaves next, where all are filled.
 
-
-def victims(score: Tensor, pos: Tensor, excess: Tensor) -> Tensor:
-    """(B, H, N) bool: the `excess` (B, H) slots with the lowest score, the oldest of equal ones.
-
-    Empty slots (pos -1) are never victims.
+    It is the oldest of those whose score equals the lowest up to rounding: within 8 eps of the
+    policy's `magnitude`, in the score's dtype. Matrix products round equal numbers differently
+    from shape to shape, so `==` would let the machine choose. Where a score is NaN the oldest
+    leaves.
     """
-    filled = pos >= 0
-    age = pos.masked_fill(~filled, _LONGEST)
-    if int(excess.max()) == 1:
-        # One victim is by far the usual case, and two reductions beat two sorts.
-        score = score.masked_fill(~filled, float("inf"))
-        lowest = filled & (score == score.amin(-1, keepdim=True))
-        first = age.masked_fill(~lowest, _LONGEST).argmin(-1, keepdim=True)
-        chosen = torch.zeros_like(filled).scatter_(-1, first, True)
-        return chosen & filled & (excess > 0).unsqueeze(-1)
-    by_age = age.argsort(dim=-1, stable=True)
-    # An empty slot must come after a protected one, whose score is infinite too.
-    sorted_score = score.gather(-1, by_age)
-    by_score = sorted_score.argsort(dim=-1, stable=True)
-    order = by_age.gather(-1, by_score)
-    filled_first = (~filled).gather(-1, order).to(torch.uint8).argsort(dim=-1, stable=True)
-    order = order.gather(-1, filled_first)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return filled & (rank < excess.unsqueeze(-1))
+    least = score.amin(-1, keepdim=True)
+    beyond = score > least + _slack(policy, slots, least)
+    return torch.where(beyond, _LONGEST, slots.pos).argmin(-1, keepdim=True)
+
+
+def victims(policy: Eviction, slots: Slots, score: Tensor, excess: Tensor) -> Tensor:
+    """(B, H, N) bool: the `excess` (B, H) slots that `victim` names one after the other.
+
+    Equality up to rounding is not transitive, so nothing is sorted by it. What is sorted are the
+    plain scores: wherever the next one is out of reach, all before it leave first. Empty slots
+    (pos -1) never leave.
+    """
+    empty = slots.pos < 0
+    excess = torch.minimum(excess, (~empty).sum(-1)).unsqueeze(-1)
+    most = int(excess.max())
+    slots = replace(slots, pos=slots.pos.masked_fill(empty, _LONGEST))
+    score = score.masked_fill(empty, math.inf)
+    if most > 1 and not bool(score.isnan().any()):
+        chosen = _in_runs(policy, slots, score, excess)
+        if chosen is not None:
+            return chosen
+    gone = torch.zeros_like(empty)
+    for count in range(most):
+        left = replace(slots, pos=slots.pos.masked_fill(gone, _LONGEST))
+        named = victim(policy, left, score.masked_fill(gone, math.inf))
+        gone = torch.zeros_like(gone).scatter_(-1, named, excess > count) | gone
+    return gone
+
+
+def _in_runs(policy: Eviction, slots: Slots, score: Tensor, excess: Tensor) -> Tensor | None:
+    """As `victims`; None if the run of scores in which the last ones leave is no single tie.
+
+    A run holds neighbours in the order of scores, each within reach of the one before.
+    """
+    ordered, order = score.sort(-1)
+    reach = ordered + _slack(policy, slots, ordered)
+    starts = torch.zeros_like(order, dtype=torch.bool)
+    starts[..., 1:] = ordered[..., 1:] > reach[..., :-1]
+    run = starts.cumsum(-1)
+    last = run.gather(-1, (excess - 1).clamp(min=0))
+    inside, before = run == last, run < last
+    first = before.sum(-1, keepdim=True)
+    if bool((inside & (ordered > reach.gather(-1, first))).any()):
+        return None
+    age = slots.pos.gather(-1, order).masked_fill(~inside, _LONGEST)
+    rank = age.argsort(dim=-1, stable=True).argsort(dim=-1)
+    chosen = (before | (inside & (rank < excess - first))) & (excess > 0)
+    return torch.zeros_like(chosen).scatter_(-1, order, chosen)
+
+
+def _slack(policy: Eviction, slots: Slots, least: Tensor) -> Tensor:
+    """How far above each of the scores `least` (B, H, n) another one still counts as equal."""
+    slack = policy.magnitude(least, slots) * (_ROUNDINGS * torch.finfo(least.dtype).eps)
+    # An infinite score is protected, or out of sight, without any rounding.
+    return slack.masked_fill(least.isinf(), 0)
 
 
 def last_rows(slots: Slots) -> Tensor:
@@ -182,6 +225,16 @@ def last_rows(slots: Slots) -> Tensor:
         return slots.rows[:, :, :, 0]
     at = slots.last.clamp(min=0).view(-1, 1, 1, 1, 1)
     return torch.take_along_dim(slots.rows, at, 3)[:, :, :, 0]
+
+
+def logit_size(slots: Slots, shared: bool) -> Tensor:
+    """(B, H, 1): 1 + the largest logit in magnitude, of any head if they decide together.
+
+    A probability's relative error is its logit's absolute one, which grows with the logits.
+    """
+    assert slots.peak is not None
+    peak = slots.peak.amax(1, keepdim=True) if shared else slots.peak
+    return 1 + peak.unsqueeze(-1)
 
 
 def _parse_bytes(text: str, label: str) -> int:

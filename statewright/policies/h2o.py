@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from statewright.policies.base import Eviction, Slots, protect
+from statewright.policies.base import Eviction, Slots, logit_size, protect
 
 
 @dataclass(frozen=True)
@@ -48,3 +48,6 @@ class H2O(Eviction):
         assert isinstance(self.budget, int)
         recent = self.budget // 2 if self.recent is None else self.recent
         return protect(mass, slots.pos >= (slots.seen - recent).view(-1, 1, 1))
+
+    def magnitude(self, score: Tensor, slots: Slots) -> Tensor:
+        return score * logit_size(slots, self.per == "layer")

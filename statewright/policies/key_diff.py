@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,3 +33,7 @@ class KeyDiff(Eviction):
         # The sum serves as the mean: cosines do not see its length.
         anchor = F.normalize(unit.sum(2, keepdim=True), dim=-1)
         return protect(-(unit * anchor).sum(-1), slots.pos < self.sinks)
+
+    def magnitude(self, score: Tensor, slots: Slots) -> Tensor:
+        # A cosine near 0 is a sum of terms that cancel.
+        return torch.ones_like(score)

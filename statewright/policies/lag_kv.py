@@ -55,13 +55,19 @@ class LagKV(Eviction):
         scores = slots.marks["lag"]
         return protect(scores, (scores == 0) | (slots.pos < self.sinks))
 
+    def magnitude(self, score: Tensor, slots: Slots) -> Tensor:
+        # Probabilities of a softmax over numbers of order 1, kept since an earlier token.
+        return torch.ones_like(score)
+
 
 def _deviation(x: Tensor, reference: Tensor) -> Tensor:
     """Standard deviation over channels of x, scaled by the reference slots' range: (B, H, N)."""
     inside = reference.unsqueeze(-1)
     lo = x.masked_fill(~inside, float("inf")).amin(2, keepdim=True)
     hi = x.masked_fill(~inside, float("-inf")).amax(2, keepdim=True)
-    scaled = (x - lo) / (hi - lo).clamp(min=torch.finfo(x.dtype).tiny)
+    # A channel in which all are equal, up to what layers add to a rounding, says nothing.
+    noise = 64 * torch.finfo(x.dtype).eps * (hi + lo).abs().amax(-1, keepdim=True)
+    scaled = torch.where(hi - lo > noise, (x - lo) / (hi - lo), 0)
     return scaled.std(-1, correction=0).nan_to_num(0.0)
 
 

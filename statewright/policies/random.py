@@ -28,6 +28,10 @@ class Random(Eviction):
         x = slots.pos * _MULTIPLIERS[0] + slots.seen.view(-1, 1, 1) * _MULTIPLIERS[1]
         return _hash(x + self.seed * 2654435761)
 
+    def magnitude(self, score: Tensor, slots: Slots) -> Tensor:
+        # Whole numbers below 2^24: exact.
+        return torch.zeros_like(score)
+
 
 def _hash(x: Tensor) -> Tensor:
     """24 mixed bits of an int64 (the finaliser of splitmix64) as float32."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from statewright.policies.base import Eviction, Slots, lowest, victims
+from statewright.policies.base import Eviction, Slots, victim, victims
 from statewright.policies.placement import Placement
 from statewright.policies.timeline import NEVER, Timeline
 
@@ -53,6 +53,14 @@ class Rule:
         if self.sinks is not None:
             total = total + (sink - top).exp()
         return exp / total.clamp(min=torch.finfo(exp.dtype).tiny)
+
+    def peak(self, logits: Tensor, visible: Tensor | None) -> Tensor:
+        """(B, H): the largest logit in magnitude, of q.k (B, H, R, C, N) as in `weights`."""
+        sizes = logits.abs()
+        if visible is not None:
+            sizes = sizes.masked_fill(~visible.unsqueeze(2), 0)
+        peak = sizes.amax((2, 3, 4)) * self.scale
+        return peak if self.softcap is None else self.softcap * (peak / self.softcap).tanh()
 
 
 @torch.no_grad()
@@ -126,12 +134,12 @@ class _Bank:
         self._append(begin, end)
         timeline = self.timeline
         active, seen = timeline.active[:, begin:end], timeline.seen[:, end - 1]
-        rows = None
+        rows, peak = None, None
         if self.policy.needs in ("last_row", "column_sums"):
-            rows = self._attention(begin, end)
+            rows, peak = self._attention(begin, end)
         columns = torch.arange(end - begin, device=active.device)
         last = torch.where(active, columns, -1).amax(1)
-        slots = Slots(self.keys, self.values, self.pos, seen, rows, last, self.marks)
+        slots = Slots(self.keys, self.values, self.pos, seen, rows, last, self.marks, peak)
         self.marks.update(self.policy.observe(slots))
         self._expire(end)
         due = active.any(1) if evict_now else (seen % self.policy.every == 0) & active[:, -1]
@@ -139,8 +147,8 @@ class _Bank:
         excess = (count - self.policy.budget).clamp(min=0) * due.unsqueeze(1)
         if not bool(excess.any()):
             return
-        slots = Slots(self.keys, self.values, self.pos, seen, rows, last, self.marks)
-        self._free(victims(self.policy.score(slots), self.pos, excess), end - 1)
+        slots = Slots(self.keys, self.values, self.pos, seen, rows, last, self.marks, peak)
+        self._free(victims(self.policy, slots, self.policy.score(slots), excess), end - 1)
 
     def is_full(self) -> bool:
         """Whether exactly one slot is empty everywhere and every further token takes a victim's."""
@@ -154,7 +162,8 @@ class _Bank:
         policy, N, last = self.policy, self.timeline.num_old, self.timeline.seen[:, 0] * 0
         looks = policy.needs in ("last_row", "column_sums")
         q = self.q * self.rule.scale
-        free, rows = (self.pos < 0).to(torch.uint8).argmax(-1, keepdim=True), None
+        free = (self.pos < 0).to(torch.uint8).argmax(-1, keepdim=True)
+        rows, peak = None, None
         for t in range(begin, end):
             entry, at = N + t, free.unsqueeze(-1)
             self.index.scatter_(-1, free, entry)
@@ -167,12 +176,13 @@ class _Bank:
             for mark in self.marks.values():
                 mark.scatter_(-1, free, 0.0)
             if looks:
-                rows = (q[:, :, :, t] @ self.keys.mT).softmax(-1).unsqueeze(3)
+                logits = q[:, :, :, t] @ self.keys.mT
+                rows, peak = logits.softmax(-1).unsqueeze(3), logits.abs().amax((2, 3))
             seen = self.timeline.seen[:, t]
-            slots = Slots(self.keys, self.values, self.pos, seen, rows, last, self.marks)
+            slots = Slots(self.keys, self.values, self.pos, seen, rows, last, self.marks, peak)
             if self.marks:
                 self.marks.update(policy.observe(slots))
-            free = lowest(policy.score(slots), self.pos)
+            free = victim(policy, slots, policy.score(slots))
             self.died.scatter_(-1, self.index.gather(-1, free), t)
         self.pos.scatter_(-1, free, -1)
 
@@ -196,8 +206,8 @@ class _Bank:
         for mark in self.marks.values():
             mark.scatter_(-1, free, 0.0)
 
-    def _attention(self, begin: int, end: int) -> Tensor:
-        """(B, H, R, C, S), zero for masked columns."""
+    def _attention(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """(B, H, R, C, S), zero for masked columns, and the largest logit (B, H)."""
         q, keys = self.q[:, :, :, begin:end], self.keys
         B, H, R, C, D = q.shape
         if self.rule.placement is not None:
@@ -210,8 +220,9 @@ class _Bank:
             visible = self.timeline.visible(begin, end, index, None, self.rule.window)
         weights = self.rule.weights(logits, visible)
         if self.plain:
-            return weights
-        return weights * self.timeline.active[:, None, None, begin:end, None]
+            return weights, self.rule.peak(logits, visible)
+        active = self.timeline.active[:, None, begin:end, None]
+        return weights * active.unsqueeze(2), self.rule.peak(logits, visible & active)
 
     def _turned(self, q: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """The queries of the columns and all keys, rotated by their places in the list."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from statewright.policies.base import Eviction, Slots, last_rows, protect
+from statewright.policies.base import Eviction, Slots, last_rows, logit_size, protect
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,6 @@ class TOVA(Eviction):
         if self.per == "layer":
             attention = attention.mean(1, keepdim=True).expand_as(attention)
         return protect(attention, slots.pos < self.sinks)
+
+    def magnitude(self, score: Tensor, slots: Slots) -> Tensor:
+        return score * logit_size(slots, self.per == "layer")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statewright.policies.base import MARK, Eviction, Slots, lowest
+from statewright.policies.base import MARK, Eviction, Slots, victim
 from statewright.policies.simulate import Rule
 from statewright.state import KVState
 
@@ -67,7 +67,7 @@ class WorkingSlots:
         self.seen = self.seen + 1
         self.marks = {name: F.pad(mark, (0, 1)) for name, mark in self.marks.items()}
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out, rows = self._attend(q, n + 1, rule, wide)
+        out, rows, peak = self._attend(q, n + 1, rule, wide)
         full = self.limit is not None and n >= self.limit
         if not full and not self.marks:
             self.count = n + 1
@@ -79,7 +79,8 @@ class WorkingSlots:
             # One victim for all heads, so the heads count as query heads of a single one.
             keys, values, pos = (t[:, :1] for t in (keys, values, pos))
             rows = None if rows is None else rows.mean(2).unsqueeze(1)
-        slots = Slots(keys, values, pos, self.seen, rows, self.last, self.marks)
+            peak = None if peak is None else peak.amax(1, keepdim=True)
+        slots = Slots(keys, values, pos, self.seen, rows, self.last, self.marks, peak)
         if self.marks:
             assert self.policy is not None
             self.marks = self.policy.observe(slots)
@@ -92,8 +93,8 @@ class WorkingSlots:
 
     def _attend(
         self, q: Tensor, n: int, rule: Rule, wide: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
-        """The output, and the attention (B, H, R, 1, n) if the policy reads it."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The output; the attention (B, H, R, 1, n) and its largest logit if they are read."""
         keys, values = self.k.narrow(2, 0, n), self.v.narrow(2, 0, n)
         B, H = keys.shape[:2]
         q = q.view(B, H, -1, q.shape[-1])
@@ -105,11 +106,12 @@ class WorkingSlots:
         looks = self.policy is not None and self.policy.needs in ("last_row", "column_sums")
         if rule.is_plain and not looks:
             out = F.scaled_dot_product_attention(q, keys, values, scale=rule.scale)
-            return out.view(B, -1, 1, values.shape[-1]), None
+            return out.view(B, -1, 1, values.shape[-1]), None, None
         logits = (q.to(wide) @ keys.to(wide).mT).unsqueeze(3)
         weights = rule.weights(logits, None)
         out = weights.squeeze(3).to(values.dtype) @ values
-        return out.view(B, -1, 1, values.shape[-1]), weights
+        peak = rule.peak(logits, None) if looks else None
+        return out.view(B, -1, 1, values.shape[-1]), weights, peak
 
     def _victim(self, slots: Slots, rule: Rule) -> Tensor:
         """(B, H, 1): the slot that leaves; what the window hides from now on goes first."""
@@ -119,7 +121,7 @@ class WorkingSlots:
         if rule.window is not None:
             hidden = slots.pos <= (self.seen - rule.window).view(-1, 1, 1)
             score = score.masked_fill(hidden, float("-inf"))
-        return lowest(score, slots.pos)
+        return victim(self.policy, slots, score)
 
     def _move_last(self, to: Tensor, k: Tensor, v: Tensor) -> None:
         """The newest token, behind the kept ones, moves into the slots `to` (B, H, 1)."""
