@@ -165,6 +165,21 @@ class IgnoresDetach(GRU):
         return y, new
 
 
+class ConstantNorm(MinGRU):
+    """Outputs of norm 1: what the gradient of their squares measures is rounding."""
+
+    def output(self, h, x):
+        return torch.nn.functional.normalize(super().output(h, x), dim=-1)
+
+
+class IgnoresItsInput(MinGRU):
+    """No gradient at all, so a wrong one could not be seen either."""
+
+    def forward(self, x, state=None, mask=None, reset=None):
+        y, new = super().forward(x * 1e-30, state, mask, reset)
+        return (y * 1e-30).tanh() + 1, new.map(lambda t: t * 1e-30 if t.is_floating_point() else t)
+
+
 class Grows(MinGRU):
     """Remembers all inputs, in `extra`."""
 
@@ -265,6 +280,13 @@ def test_the_law_finds_it(law: str, broken: Callable, sound: Callable, case: law
     assert finding.ok and finding.law == law, finding
     finding = laws.LAWS[law](made(broken), case)
     assert not finding.ok, finding
+
+
+def test_a_gradient_that_is_rounding_is_vacuous_and_not_ok() -> None:
+    finding = laws.gradient(made(mixer(IgnoresItsInput)), PLAIN)
+    assert finding.vacuous and not finding.ok
+    finding = laws.gradient(made(mixer(ConstantNorm)), PLAIN)
+    assert finding.ok and not finding.vacuous
 
 
 def test_every_law_has_a_planted_bug() -> None:
