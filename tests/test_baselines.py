@@ -122,7 +122,7 @@ def test_hyena_by_hand_and_its_state_is_the_whole_past() -> None:
     before = torch.cat([torch.zeros_like(parts[:, :1]), parts[:, :-1]], 1)
     parts = parts * mixer.conv.weight[:, 1] + before * mixer.conv.weight[:, 0] + mixer.conv.bias
     v, *gates = parts.chunk(3, -1)
-    h = mixer.filter(11, mixer.skip).unflatten(1, (2, 4))
+    h = mixer.filter(11).unflatten(1, (2, 4))
     for i, gate in enumerate(gates):
         long = torch.stack([sum(h[t - s, i] * v[:, s] for s in range(t + 1)) for t in range(11)], 1)
         v = gate * (long + mixer.skip[i] * v)

@@ -41,7 +41,7 @@ def dynamic(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization")
-@pytest.mark.parametrize("way, slack", [(weightless, 0.0), (dynamic, 0.6)])
+@pytest.mark.parametrize("way, slack", [(weightless, 0.0), (dynamic, 0.1)])
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_quantised_mixer_runs(name: str, way, slack: float) -> None:
     torch.manual_seed(0)
@@ -54,7 +54,6 @@ def test_a_quantised_mixer_runs(name: str, way, slack: float) -> None:
         got, _ = mixer(x, mixer.init_state(2), mask=mask, reset=reset)
         y, state = mixer.step(x[:, 0], mixer.init_state(2))
         first, _ = mixer(x[:, :1])
-    # 8 bits are far off in Hyena: its filter is a sine of 14 x, four layers deep (0.48 here).
     for a, b in ((got[mask], wanted[mask]), (y, first[:, 0])):
         assert (a - b).norm() <= (slack + 1e-5) * b.norm()
     assert state.seen.tolist() == [1, 1]

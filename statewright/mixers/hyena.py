@@ -22,12 +22,31 @@ _TAPS, _TAPS_AXES = "taps", "batch tap channel"
 _FASTEST, _SLOWEST, _LEFT = 0.3, 1.5, 1e-2
 
 
+class WideLinear(nn.Module):
+    """As `nn.Linear`, computed in its input's dtype. Not one, so that quantisers pass it by."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.Linear.reset_parameters(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
 class ImplicitFilter(nn.Module):
     """h_t = window(t) * FFN(features(t)): as many filters as `channels`, of any length.
 
     features: t and `bands` sines and cosines of it; FFN: `depth` linear layers, sines between;
     window: exp(-rate t), the rates spread over the channels so that 1 % is left after 0.3 to 1.5
-    of `length`, the number of tokens that t = 1 means (arXiv:2302.10866, sec. 3.3).
+    of `length`, the number of tokens that t = 1 means (arXiv:2302.10866, sec. 3.3). Computed in a
+    wider dtype than the weights': sines of sines make a rounding some thousand times larger.
     """
 
     def __init__(
@@ -36,24 +55,24 @@ class ImplicitFilter(nn.Module):
         super().__init__()
         self.length, self.bands, self.frequency = length, bands, frequency
         sizes = [2 * bands + 1, *[width] * (depth - 1)]
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
-        self.last = nn.Linear(sizes[-1], channels, bias=False)
+        self.hidden = nn.ModuleList(WideLinear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.last = WideLinear(sizes[-1], channels, bias=False)
 
-    def forward(self, count: int, like: Tensor) -> Tensor:
-        """The first `count` values: (count, channels), in at least float32.
-
-        like: a tensor of the layers' dtype and device, which quantised layers cannot tell.
-        """
-        dtype = state_dtype(like.dtype)
-        t = torch.arange(count, device=like.device, dtype=dtype).unsqueeze(1) / self.length
-        angle = 2 * math.pi * t * torch.arange(self.bands, device=t.device, dtype=dtype)
-        x = torch.cat([t, angle.cos(), -angle.sin()], 1).to(like.dtype)
+    def forward(self, count: int) -> Tensor:
+        """The first `count` values: (count, channels), in at least float32."""
+        weight = self.last.weight
+        dtype = state_dtype(weight.dtype)
+        # Half precision is widened to single, the others to double where the device has it.
+        wide = dtype if weight.device.type == "mps" or dtype != weight.dtype else torch.float64
+        t = torch.arange(count, device=weight.device, dtype=wide).unsqueeze(1) / self.length
+        angle = 2 * math.pi * t * torch.arange(self.bands, device=t.device, dtype=wide)
+        x = torch.cat([t, angle.cos(), -angle.sin()], 1)
         for layer in self.hidden:
             x = (self.frequency * layer(x)).sin()
         rates = torch.linspace(
-            -math.log(_LEFT) / _FASTEST, -math.log(_LEFT) / _SLOWEST, self.last.out_features
+            -math.log(_LEFT) / _FASTEST, -math.log(_LEFT) / _SLOWEST, weight.shape[0]
         )
-        return self.last(x).to(dtype) * (-t * rates.to(t)).exp()
+        return (self.last(x) * (-t * rates.to(t)).exp()).to(dtype)
 
 
 class Hyena(Mixer):
@@ -140,7 +159,7 @@ class Hyena(Mixer):
             old_taps = old_taps.masked_fill(starts.view(-1, 1, 1), 0)
         parts, taps = self.conv.update(self.in_proj(x), old_taps)
         v, *gates = parts.chunk(self.order + 1, -1)
-        h = self.filter(int(seen.max()) + 1, self.skip).unflatten(1, (self.order, -1))
+        h = self.filter(int(seen.max()) + 1).unflatten(1, (self.order, -1))
         inputs = []
         for i, gate in enumerate(gates):
             inputs.append(v)
@@ -199,7 +218,7 @@ class Hyena(Mixer):
         """All orders over these tokens, each laid out on a line by position with its past."""
         v, *gates = parts.chunk(self.order + 1, -1)
         T, size = v.shape[1], int(pos.max()) + 1 if pos.numel() else 1
-        h, inputs = self.filter(max(size, 1), self.skip).unflatten(1, (self.order, -1)), []
+        h, inputs = self.filter(max(size, 1)).unflatten(1, (self.order, -1)), []
         # One place beyond the line takes what has no position.
         index = torch.where(pos >= 0, pos, size)
         for i, gate in enumerate(gates):

@@ -102,7 +102,12 @@ class DiagonalSystem:
 
 def as_complex(x: Tensor) -> Tensor:
     """(..., 2 M) real -> (..., M) complex."""
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return from_pairs(x.unflatten(-1, (-1, 2)))
+
+
+def from_pairs(x: Tensor) -> Tensor:
+    """(..., 2) real -> (...) complex; a copy, since a view demands even places in memory."""
+    return torch.complex(*x.unbind(-1))
 
 
 def as_real(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from statewright.mixers.lti import (
     StateSpaceMixer,
     as_complex,
     as_real,
+    from_pairs,
     require_even,
     steps_between,
 )
@@ -209,9 +210,7 @@ class LowRankSpace(StateSpace):
     def system(self) -> LowRankSystem:
         dtype = self.dtype
         L = torch.complex(-self.log_decay.to(dtype).exp(), self.frequency.to(dtype))
-        p, b, c = (
-            torch.view_as_complex(t.to(dtype).contiguous()) for t in (self.P, self.B, self.C)
-        )
+        p, b, c = (from_pairs(t.to(dtype)) for t in (self.P, self.B, self.C))
         return LowRankSystem(L, p, b, c, self.log_dt.to(dtype).exp().unsqueeze(-1))
 
 

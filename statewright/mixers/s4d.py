@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from statewright.mixers.lti import (
     DiagonalSystem,
     StateSpace,
     StateSpaceMixer,
+    from_pairs,
     require_even,
     steps_between,
 )
@@ -50,10 +51,7 @@ class DiagonalSpace(StateSpace):
         A = torch.complex(-self.log_decay.to(dtype).exp(), self.frequency.to(dtype))
         log_a = self.log_dt.to(dtype).exp().unsqueeze(-1) * A
         # expm1 has no complex form; |A| >= Re A is far from 0, so the difference is exact enough.
-        return DiagonalSystem(log_a, (log_a.exp() - 1) / A, torch.view_as_complex(self._c(dtype)))
-
-    def _c(self, dtype: torch.dtype) -> Tensor:
-        return self.C.to(dtype).contiguous()
+        return DiagonalSystem(log_a, (log_a.exp() - 1) / A, from_pairs(self.C.to(dtype)))
 
 
 class S4D(StateSpaceMixer):
