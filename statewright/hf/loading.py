@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -13,6 +14,8 @@ from transformers import (
     __version__,
 )
 from transformers.utils import logging
+
+_ALIGNMENT = 64
 
 
 def load_config(path: str | Path, trust_remote_code: bool = False) -> Any:
@@ -64,7 +67,19 @@ def load_causal_lm(
             f"{path}: {len(missing)} weights are missing, the first {missing[0]!r}; "
             "transformers would draw them at random"
         )
-    return model.eval()
+    return align_weights(model).eval()
+
+
+def align_weights(model: nn.Module) -> nn.Module:
+    """The model itself, with every weight on the CPU at an address as torch would allocate it.
+
+    Weights that are mapped from a file lie at any multiple of 8 bytes, where matrix products may
+    round differently, so that a reloaded model would not continue bit for bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def _reason(error: BaseException, path: str | Path) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from statewright.hf.loading import align_weights
 from statewright.models.calibration import read_norms, write_norms
 from statewright.models.config import StatewrightConfig
 
@@ -72,7 +73,7 @@ class StatewrightPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """As transformers'; the norms are looked for where the weights were found."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model = align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
         if pretrained_model_name_or_path is not None:
             # Of a directory of adapters the config names the base, where the weights came from.
             model.base_model.norms = read_norms(model.config.name_or_path, **kwargs)
