@@ -188,14 +188,13 @@ def test_hybrids_keep_their_recurrent_states() -> None:
 
 
 def test_refusals() -> None:
-    from transformers import BloomConfig, FalconConfig, GPTJConfig, MptConfig
+    from transformers import BloomConfig, FalconConfig, MptConfig
 
     sizes = dict(vocab_size=40, hidden_size=32, n_layer=1, n_head=4)
     for config in (
         BloomConfig(**sizes),
         MptConfig(vocab_size=40, d_model=32, n_heads=4, n_layers=1),
         FalconConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
-        GPTJConfig(vocab_size=40, n_embd=32, n_layer=1, n_head=4, rotary_dim=8),
     ):
         with pytest.raises(ValueError, match="past transformers' interface"):
             BoundedCache(random_model(config), "tova:budget=4")

@@ -23,6 +23,7 @@ from transformers import (
     XGLMConfig,
 )
 
+from statewright.hf.arguments import CACHE
 from statewright.hf.bounded import BoundedCache
 from statewright.policies import Eviction
 
@@ -220,8 +221,15 @@ def _victim_is_clear(policy: Eviction, old, new, query: Tensor, key: Tensor, rul
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_attention_past_the_interface_is_refused(name: str) -> None:
+    model = random_model(FOREIGN[name]())
+    if CACHE == "cache" and name in ("gptj", "codegen"):
+        # transformers moved these two to the interface in the release that renamed the cache.
+        ids, idle = text(2, 20), BoundedCache(model, "tova:budget=50")
+        got = torch.cat([model(p, cache=idle).logits for p in ids.split([12, 1, 7], 1)], 1)
+        assert (got - model(ids).logits).abs().max() < 1e-6 * got.abs().max()
+        return
     with pytest.raises(ValueError, match="past transformers' interface, so a policy could not"):
-        BoundedCache(random_model(FOREIGN[name]()), "tova:budget=4")
+        BoundedCache(model, "tova:budget=4")
 
 
 def test_the_attention_function_never_runs_without_its_cache() -> None:

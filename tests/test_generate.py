@@ -197,7 +197,7 @@ def test_stopping_at_the_end_token() -> None:
     [
         (lambda m: dict(state=m.init_state(2)), "the state has 2 rows, the ids 3"),
         (lambda m: dict(state=m.init_state(B), use_cache=False), "state= needs use_cache"),
-        (lambda m: dict(state=m.init_state(B), past_key_values=StateCache()), "no past_key_values"),
+        (lambda m: dict(state=m.init_state(B), past_key_values=StateCache()), "no other cache"),
         (lambda m: dict(past_key_values=StateCache(m.init_state(2))), "has 2 rows, the input 3"),
         (lambda m: dict(state=m.init_state(B).layers[0]), "expected a ModelState"),
         (lambda m: dict(state=7), "expected a ModelState"),

@@ -61,10 +61,12 @@ def decoding(layers: int, budget: int, seen: int, tokens: int) -> Case:
 
 
 def _steps(model: Any, cache: Any, ids: Tensor) -> Callable[[], None]:
+    from statewright.hf.arguments import CACHE
+
     @torch.no_grad()
     def run() -> None:
         for t in range(ids.shape[1]):
-            model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            model(ids[:, t : t + 1], use_cache=True, **{CACHE: cache})
 
     return run
 
@@ -106,10 +108,11 @@ def _rows(model: Any, length: int) -> Iterator[tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def _idle_error(model: Any) -> float:
     """A budget that is never reached against no cache at all."""
+    from statewright.hf.arguments import CACHE
     from statewright.hf.bounded import BoundedCache
 
     ids = torch.randint(3, 32_000, (1, 24), generator=torch.Generator().manual_seed(2))
     cache = BoundedCache(model, "tova:budget=64")
-    pieces = [model(p, past_key_values=cache).logits for p in ids.split([8, *[1] * 16], 1)]
+    pieces = [model(p, **{CACHE: cache}).logits for p in ids.split([8, *[1] * 16], 1)]
     want = model(ids, use_cache=False).logits
     return ((torch.cat(pieces, 1) - want).abs().max() / want.abs().max()).item()

@@ -13,6 +13,7 @@ from statewright.bench.perplexity import llama
 from statewright.bench.protocol import Case
 from statewright.evaluate import evaluate_batch
 from statewright.evaluate.answers import rows_of
+from statewright.hf.arguments import CACHE
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.tasks import MQAR, Passkey
@@ -74,10 +75,10 @@ def answers(layers: int, rows: int) -> Case:
     def plain() -> float:
         for part in ids.split(rows_of(model, ids.shape[1] + 5)):
             cache = DynamicCache(config=model.config)
-            out = model(part, past_key_values=cache, logits_to_keep=1)
+            out = model(part, logits_to_keep=1, **{CACHE: cache})
             for _ in range(4):
                 token = out.logits[:, -1:].argmax(-1)
-                out = model(token, past_key_values=cache)
+                out = model(token, **{CACHE: cache})
         return 0.0
 
     name = f"evaluating a Llama of {layers} x 576, {rows} passkeys of {ids.shape[1]} tokens"

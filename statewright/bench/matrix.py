@@ -152,12 +152,14 @@ def prefill(layers: int, T: int) -> Case:
 
 def decode(layers: int) -> Case:
     """Ten tokens, one by one, from the state after 64."""
+    from statewright.hf.arguments import cache_argument, cache_in
+
     ours, theirs = pair(layers)
     ids, x = torch.randint(50000, (1, 64)), torch.randn(1, 1, 768)
     token = ids[:, :1]
     with torch.no_grad():
         state = ours(ids).state
-        cache = theirs(ids, use_cache=True).cache_params
+        cache = cache_in(theirs(ids, use_cache=True))
 
     def run_ours() -> None:
         s = state
@@ -165,8 +167,9 @@ def decode(layers: int) -> Case:
             s = ours(token, state=s).state
 
     def run_theirs() -> None:
+        given = {cache_argument(theirs): cache}
         for _ in range(10):
-            theirs(token, cache_params=cache, use_cache=True)
+            theirs(token, use_cache=True, **given)
 
     floor = _projections(ours, x)
     methods = {

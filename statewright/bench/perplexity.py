@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from statewright.bench.protocol import Case, error_of
 from statewright.evaluate import token_losses
+from statewright.hf.arguments import CACHE
 from statewright.hf.bounded import BoundedCache
 
 
@@ -47,7 +48,7 @@ def token_by_token(model: PreTrainedModel, ids: Tensor, policy: str) -> Tensor:
     """The definition: one call per token into a bounded cache."""
     cache, losses = BoundedCache(model, policy), []
     for t in range(ids.shape[1] - 1):
-        logits = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(ids[:, t : t + 1], use_cache=True, **{CACHE: cache}).logits[:, -1]
         losses.append(F.cross_entropy(logits.float(), ids[:, t + 1], reduction="none"))
     return torch.stack(losses, 1)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from statewright.hf.arguments import is_recurrent
 from statewright.hf.bridge import read_state, write_state
 from statewright.hf.host import RawModel
 from statewright.state import State
@@ -46,7 +47,7 @@ class HostRunner:
         if mask is not None:
             self._accepts("attention_mask")
             # `generate` gives models without attention no mask once they have a cache.
-            if cache is None or self.raw.argument == "past_key_values":
+            if cache is None or not is_recurrent(cache):
                 kwargs["attention_mask"] = mask.long()
         return self.raw(ids, cache, start, positions, **kwargs)
 

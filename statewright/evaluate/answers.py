@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from statewright.evaluate.context import Bound, ShortContext, build_bound, short_context_losses
 from statewright.evaluate.losses import token_losses
 from statewright.evaluate.measure import footprint
+from statewright.hf.arguments import CACHE
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightForCausalLM
 from statewright.policies import build_policy
@@ -199,7 +200,7 @@ def call_options(model: PreTrainedModel, policy: Bound | str, prefill: str) -> d
     if isinstance(model, StatewrightForCausalLM):
         return {"policy": policy}
     chosen = build_policy(policy)
-    return {} if chosen is None else {"past_key_values": BoundedCache(model, chosen, prefill)}
+    return {} if chosen is None else {CACHE: BoundedCache(model, chosen, prefill)}
 
 
 def _recalled(model: PreTrainedModel, ids: Tensor, targets: Tensor, manner: Manner) -> list[float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from statewright.hf.arguments import cache_argument
 from statewright.hf.bounded import BoundedCache
 from statewright.policies import Policy, build_policy
 
@@ -45,14 +46,15 @@ def decode(
     cache: Cache = DynamicCache(config=model.config)
     if chosen is not None:
         cache = BoundedCache(model, chosen)
-    out = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    given = {cache_argument(model): cache, "use_cache": True}
+    out = model(input_ids, logits_to_keep=1, **given)
     seen = input_ids.shape[1]
     for _ in range(num_tokens // every):
         seconds = []
         for _ in range(every):
             token = out.logits[:, -1:].argmax(-1)
             began = time.perf_counter()
-            out = model(token, past_key_values=cache, use_cache=True)
+            out = model(token, **given)
             seconds.append(time.perf_counter() - began)
         seen += every
         yield Point(seen, statistics.median(seconds), held_bytes(cache))

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from statewright.evaluate.context import Bound, ShortContext, build_bound
+from statewright.hf.arguments import CACHE
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightForCausalLM
 
@@ -59,7 +60,7 @@ def harness_model(
     def call_options() -> dict[str, Any]:
         if isinstance(model, StatewrightForCausalLM):
             return {"policy": "none" if bound is None else bound}
-        return {} if bound is None else {"past_key_values": BoundedCache(model, bound, prefill)}
+        return {} if bound is None else {CACHE: BoundedCache(model, bound, prefill)}
 
     class Bounded(HFLM):
         def _model_call(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from statewright.hf.arguments import cache_argument
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightForCausalLM
 from statewright.policies import Policy, build_policy
@@ -45,8 +46,9 @@ def losses_into(
 
     The cache may be looked at between the pieces: what it holds then, it would hold token by token.
     """
+    given = {cache_argument(model): cache, "use_cache": True}
     for begin, end in _pieces(input_ids, piece):
-        out = model(input_ids[:, begin:end], past_key_values=cache, use_cache=True)
+        out = model(input_ids[:, begin:end], **given)
         yield nats(out.logits, input_ids[:, begin + 1 : end + 1])
 
 

@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from statewright.evaluate.decoding import held_bytes
+from statewright.hf.arguments import cache_in
 from statewright.hf.bounded import BoundedCache, BoundedLayer
 from statewright.provenance import hardware, versions
 from statewright.state import State
 
 _SHORT, _LONG = 4, 8
-_HOLDERS = ("state", "past_key_values", "cache_params")
 _PACKAGES = (
     "statewright",
     "torch",
@@ -60,8 +61,9 @@ class Meter:
         if ids is None:
             return
         self.tokens += ids.numel()
-        found = (getattr(output, name, None) for name in _HOLDERS)
-        holder = next((h for h in found if h is not None), None)
+        holder = getattr(output, "state", None)
+        if holder is None and isinstance(output, ModelOutput):
+            holder = cache_in(output)
         if holder is None:
             return
         self._held = (holder, ids.shape[0])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from statewright.hf.arguments import cache_in
 from statewright.hf.rotary import note, rotary_modules, undone
 from statewright.policies.simulate import Rule
 
@@ -102,7 +103,7 @@ def bounded_attention(
 
 def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     given = _named(module, args, kwargs)
-    cache = given.get("past_key_values")
+    cache = cache_in(given)
     if not getattr(cache, "is_bounded", False):
         return
     call = _ACTIVE.get()
@@ -131,7 +132,7 @@ def _leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     call = _ACTIVE.get()
     if call is None:
         return
-    if _named(module, args, kwargs).get("past_key_values") is not call.cache:
+    if cache_in(_named(module, args, kwargs)) is not call.cache:
         return
     call.depth -= 1
     if call.depth:

@@ -201,7 +201,8 @@ class BoundedHybridLayer(LinearAttentionLayer, BoundedLayer):
 
 
 class BoundedCache(Cache):
-    """`model.generate(..., past_key_values=BoundedCache(model, TOVA(512)))`: memory <= the budget.
+    """`model.generate(..., past_key_values=BoundedCache(model, TOVA(512)))`: memory <= the budget
+    (`cache=` since transformers 5.24, which deprecates the older name).
 
     policy: an Eviction or its spec. prefill: how a call with several tokens evicts: "exact", as
     token by token (the paper's definition, arXiv:2401.06104, appendix E); "chunk:c", after every c
@@ -211,8 +212,8 @@ class BoundedCache(Cache):
     changed; calls without this cache are as before; recurrent layers of hybrids are untouched.
     To go on with a filled cache give `generate` all ids and an attention_mask. Raises ValueError
     for a policy that does not bound lists and for a model whose attention, cache layers or
-    positions we cannot follow (Bloom, MPT, Falcon, GPT-J, CodeGen: nothing tells a policy what
-    their own code attends to, and their biases and masks go by slot, not by token).
+    positions we cannot follow (Bloom, MPT, Falcon, before 5.24 GPT-J and CodeGen: nothing tells a
+    policy what their own code attends to; their biases and masks go by slot, not by token).
     """
 
     is_bounded = True

@@ -112,6 +112,11 @@ class StateCache(Cache):
         return self.state is not None
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Not linear: since 5.24 `generate` asks only other caches which ids they have seen."""
+        return [False]
+
+    @property
     def is_compileable(self) -> bool:
         return False
 

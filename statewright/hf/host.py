@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from statewright.hf.arguments import NAMES, cache_argument
 from statewright.hf.bounded import BoundedCache
 from statewright.hf.bridge import has_own_cache, read_state, write_state
 from statewright.policies import Eviction, Policy, build_policy, policy_spec
@@ -28,7 +29,6 @@ _WRONG_HALF = 5e-2
 _HOPELESS = 5e-2
 # Continue from zero on several tokens (transformers 5.23), by a share that half precision hides.
 _RESTARTS = {"mamba", "falcon_mamba", "jamba", "zamba", "minimax"}
-_CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +56,12 @@ class RawModel:
         self.model, self.config = model, model.config
         self.text_config = model.config.get_text_config(decoder=True)
         self.name = type(model).__name__
-        self.argument = next((a for a in _CACHE_ARGUMENTS if a in parameters), None)
+        # RWKV calls it its state.
+        self.argument = cache_argument(model) or ("state" if "state" in parameters else None)
         self.takes = {"position_ids", "logits_to_keep", "attention_mask"} & set(parameters)
         if self.argument is None:
             raise ValueError(
-                f"{self.name} takes no cache (none of {', '.join(_CACHE_ARGUMENTS)}): "
+                f"{self.name} takes no cache (none of {', '.join(NAMES)}, state): "
                 "it has no state that could be carried"
             )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from statewright.hf.arguments import cache_argument
 from statewright.mixers.rope import Turn
 from statewright.policies.simulate import Rule
 
@@ -116,7 +117,8 @@ def _pass(
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(len(_POSITIONS), device=device).remainder(model.config.vocab_size)
     at = torch.tensor([_POSITIONS], device=device)
-    out = model(ids.unsqueeze(0), past_key_values=cache, position_ids=at, use_cache=True)
+    given = {cache_argument(model): cache}
+    out = model(ids.unsqueeze(0), position_ids=at, use_cache=True, **given)
     return probe, out.logits
 
 

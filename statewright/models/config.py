@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
+from statewright.hf.arguments import NAMES
 from statewright.models.shim import write_shim
 from statewright.policies import build_policy
 
@@ -22,7 +23,7 @@ class StatewrightConfig(PreTrainedConfig):
     """
 
     model_type = "statewright"
-    keys_to_ignore_at_inference = ["past_key_values", "state"]
+    keys_to_ignore_at_inference = [*NAMES, "state"]
 
     vocab_size: int = 257
     hidden_size: int = 256

@@ -7,6 +7,7 @@ from typing import NoReturn
 import torch
 from transformers import GenerationMixin
 
+from statewright.hf.arguments import CACHE, NAMES, cache_in
 from statewright.hf.cache import StateCache
 from statewright.state import ModelState
 
@@ -25,9 +26,14 @@ class StateGenerationMixin(GenerationMixin):
                 "State ('dynamic'), whose lists grow with the text unless a policy bounds them"
             )
         state = model_kwargs.pop("state", None)
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        cache = cache_in(model_kwargs)
+        for name in NAMES:
+            model_kwargs.pop(name, None)
+        if cache is not None:
+            model_kwargs[CACHE] = cache
+        if cache is not None or generation_config.use_cache is False:
             if state is not None:
-                raise ValueError("generate: state= needs use_cache and no past_key_values")
+                raise ValueError("generate: state= needs use_cache and no other cache")
             return
         if state is not None:
             if not isinstance(state, ModelState):
@@ -39,7 +45,7 @@ class StateGenerationMixin(GenerationMixin):
             repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
             if repeats > 1:
                 state = state.rows(torch.arange(batch_size).repeat_interleave(repeats))
-        model_kwargs["past_key_values"] = StateCache(state)
+        model_kwargs[CACHE] = StateCache(state)
 
     def init_continuous_batching(self, *args, **kwargs) -> NoReturn:
         raise ValueError(
@@ -52,7 +58,7 @@ class StateGenerationMixin(GenerationMixin):
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """transformers would feed ids that the cache has already seen a second time, silently."""
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
         given, seen = input_ids.shape[1], 0 if cache is None else cache.get_seq_length()
         covered = (
             getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[1]

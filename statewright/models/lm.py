@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
+from statewright.hf.arguments import CACHE
 from statewright.hf.cache import StateCache
 from statewright.mixers.base import advance_seen
 from statewright.models.block import Block, layer_policies, make_norm
@@ -97,6 +98,7 @@ class StatewrightModel(StatewrightPreTrainedModel):
         output_hidden_states: bool | None = None,
         policy: Policy | str | None = None,
         position_ids: Tensor | None = None,
+        cache: StateCache | None = None,
         **kwargs: Any,
     ) -> StatewrightModelOutput:
         """See `StatewrightForCausalLM.forward`."""
@@ -108,10 +110,11 @@ class StatewrightModel(StatewrightPreTrainedModel):
             raise ValueError("forward: give exactly one of input_ids and inputs_embeds")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = require("forward", "inputs", x, "B T D", D=self.config.hidden_size)
-        given = _held(past_key_values, state)
+        cache = _one(cache, past_key_values)
+        given = _held(cache, state)
         fresh, state = given is None, self._check_state(given, B)
         mask = _own_mask(attention_mask, B, T)
-        fed = None if past_key_values is None else past_key_values.num_tokens
+        fed = None if cache is None else cache.num_tokens
         call = Call(B, T, mask, state.seen, fed, fresh)
         reset = document_starts(reset, position_ids, packing, call)
         hidden, states = [], []
@@ -124,7 +127,6 @@ class StatewrightModel(StatewrightPreTrainedModel):
             states.append(new)
         x = self.norm(x)
         new_state = ModelState(layers=tuple(states), seen=advance_seen(state.seen, T, mask, reset))
-        cache = past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = StateCache()
         if cache is not None:
@@ -132,7 +134,7 @@ class StatewrightModel(StatewrightPreTrainedModel):
         return StatewrightModelOutput(
             last_hidden_state=x,
             state=new_state,
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=(*hidden, x) if output_hidden_states else None,
         )
 
@@ -209,6 +211,7 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, StateGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         policy: Policy | str | None = None,
         position_ids: Tensor | None = None,
+        cache: StateCache | None = None,
         **kwargs: Any,
     ) -> StatewrightOutput:
         """input_ids (B, T) or inputs_embeds (B, T, D) -> logits, state, and a loss with labels.
@@ -232,6 +235,7 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, StateGenerationMixin):
             past_key_values,
             policy=policy,
             position_ids=position_ids,
+            cache=cache,
             return_dict=True,
             **for_model,
         )
@@ -244,9 +248,16 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, StateGenerationMixin):
             loss=loss,
             logits=logits,
             state=out.state,
-            past_key_values=out.past_key_values,
+            **{CACHE: out.cache},
             hidden_states=out.hidden_states,
         )
+
+
+def _one(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """transformers renames the argument in 5.24; whoever calls us may know either name."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("forward: cache and past_key_values are one argument; give one of them")
+    return past_key_values if cache is None else cache
 
 
 def _held(cache: Cache | None, state: ModelState | None) -> ModelState | None:
@@ -254,9 +265,7 @@ def _held(cache: Cache | None, state: ModelState | None) -> ModelState | None:
     if cache is None:
         return state
     if not isinstance(cache, StateCache):
-        raise ValueError(
-            f"forward: past_key_values is a {type(cache).__name__}, expected a StateCache"
-        )
+        raise ValueError(f"forward: the cache is a {type(cache).__name__}, expected a StateCache")
     if state is not None and cache.state is not None:
         raise ValueError("forward: give a state or a cache that holds one, not both")
     return cache.state if state is None else state

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from statewright.hf.arguments import CACHE
 from statewright.hf.cache import StateCache
 from statewright.state import ModelState
 
@@ -18,7 +20,12 @@ class StatewrightOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     state: ModelState | None = None
-    past_key_values: StateCache | None = None
+    # generate looks the cache up under the installed transformers' name; both names read it.
+    if CACHE == "cache":
+        cache: StateCache | None = None
+    else:
+        past_key_values: StateCache | None = None
+        cache = property(attrgetter("past_key_values"))
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -28,5 +35,10 @@ class StatewrightModelOutput(ModelOutput):
 
     last_hidden_state: Tensor | None = None
     state: ModelState | None = None
-    past_key_values: StateCache | None = None
+    # generate looks the cache up under the installed transformers' name; both names read it.
+    if CACHE == "cache":
+        cache: StateCache | None = None
+    else:
+        past_key_values: StateCache | None = None
+        cache = property(attrgetter("past_key_values"))
     hidden_states: tuple[Tensor, ...] | None = None
