@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from statewright.hf.arguments import cache_in
@@ -23,7 +23,7 @@ from statewright.policies.simulate import Rule
 NAME = "statewright_bounded"
 _TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 # What every call would otherwise search for: a model's configs and the end of its position table.
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[list, int | None]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[frozenset, int | None]] = WeakKeyDictionary()
 _ACTIVE: ContextVar[Call | None] = ContextVar("statewright_bounded_call", default=None)
 
 
@@ -31,14 +31,15 @@ _ACTIVE: ContextVar[Call | None] = ContextVar("statewright_bounded_call", defaul
 class Call:
     """One forward call with a BoundedCache in its arguments.
 
-    mask (B, S) bool, whose last T columns are the new tokens; configs, what each config's
-    attention was called before; depth, calls of a model inside a model; staged, the layers whose
-    new keys wait for their attention.
+    mask (B, S) bool, whose last T columns are the new tokens; configs, the ids of the model's own,
+    whose attention is ours until the call ends; depth, calls of a model inside a model; staged,
+    the layers whose new keys wait for their attention.
     """
 
     cache: Cache
     mask: Tensor | None
-    configs: list[tuple[Any, Any]]
+    configs: frozenset[int]
+    module: nn.Module
     depth: int = 1
     staged: list[Any] = field(default_factory=list)
 
@@ -57,6 +58,7 @@ def uses_interface(model: PreTrainedModel) -> bool:
 def install(model: PreTrainedModel) -> None:
     """Let the model's calls look for a BoundedCache among their arguments, and do nothing else."""
     AttentionInterface.register(NAME, bounded_attention)
+    _follow_calls()
     for module in {id(m): m for m in (model, model.base_model)}.values():
         _KNOWN.pop(module, None)
         if _enter not in module._forward_pre_hooks.values():
@@ -65,6 +67,22 @@ def install(model: PreTrainedModel) -> None:
     for module in rotary_modules(model):
         if _rotary not in module._forward_hooks.values():
             module.register_forward_hook(_rotary, with_kwargs=True)
+
+
+@cache
+def _follow_calls() -> None:
+    """Let a config name our attention within a bounded call of its model, and only there.
+
+    What the config holds is never written, so that calls in other threads read what they did.
+    """
+    theirs = PreTrainedConfig._attn_implementation
+
+    def read(config: PreTrainedConfig) -> Any:
+        # A compiled graph cannot ask for the call, and is refused where the call ends.
+        call = None if torch.compiler.is_compiling() else _ACTIVE.get()
+        return NAME if call is not None and id(config) in call.configs else theirs.fget(config)
+
+    PreTrainedConfig._attn_implementation = property(read, theirs.fset)
 
 
 def bounded_attention(
@@ -103,11 +121,18 @@ def bounded_attention(
 
 def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     given = _named(module, args, kwargs)
-    cache = cache_in(given)
+    cache, call = cache_in(given), _ACTIVE.get()
     if not getattr(cache, "is_bounded", False):
+        if call is not None and id(getattr(module, "config", None)) in call.configs:
+            # The call that began it was interrupted (Ctrl-C runs no hooks).
+            _ACTIVE.set(None)
         return
-    call = _ACTIVE.get()
-    if call is not None and call.cache is cache:
+    if given.get("use_cache") is False:
+        raise ValueError(
+            "BoundedCache: use_cache=False would feed all tokens again on top of the cache; leave "
+            "it out, or give no cache"
+        )
+    if call is not None and call.cache is cache and module is not call.module:
         call.depth += 1
         return
     mask = given.get("attention_mask")
@@ -121,11 +146,7 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     configs, table = _KNOWN[module]
     if table is not None:
         _check_table(table, cache, given, mask)
-    name = "_attn_implementation_internal"
-    before = [(c, vars(c)[name]) for c in configs if name in vars(c)]
-    _ACTIVE.set(Call(cache, None if mask is None else mask.bool(), before))
-    for config, _ in before:
-        setattr(config, name, NAME)
+    _ACTIVE.set(Call(cache, None if mask is None else mask.bool(), configs, module))
 
 
 def _leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -138,8 +159,6 @@ def _leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     if call.depth:
         return
     _ACTIVE.set(None)
-    for config, name in call.configs:
-        config._attn_implementation_internal = name
     if call.staged and output is not None:
         raise ValueError(
             f"BoundedCache: {type(module).__name__} computes attention past transformers' "
@@ -178,9 +197,8 @@ def _parameters(forward: Callable) -> list[str]:
     return names[1:] if names[:1] == ["self"] else names
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    return list(found.values())
+def _configs(model: nn.Module) -> frozenset[int]:
+    return frozenset(id(config) for m in model.modules() if (config := getattr(m, "config", None)))
 
 
 def _check_table(limit: int, cache: Any, given: dict, mask: Tensor | None) -> None:
