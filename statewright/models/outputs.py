@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import attrgetter
 
 from torch import Tensor
 from transformers.utils import ModelOutput
@@ -25,7 +24,7 @@ class StatewrightOutput(ModelOutput):
         cache: StateCache | None = None
     else:
         past_key_values: StateCache | None = None
-        cache = property(attrgetter("past_key_values"))
+        cache = property(lambda self: self.past_key_values)
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -40,5 +39,5 @@ class StatewrightModelOutput(ModelOutput):
         cache: StateCache | None = None
     else:
         past_key_values: StateCache | None = None
-        cache = property(attrgetter("past_key_values"))
+        cache = property(lambda self: self.past_key_values)
     hidden_states: tuple[Tensor, ...] | None = None
