@@ -16,8 +16,9 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from statewright.models import load
 from statewright.models.tokenizers import byte_tokenizer
+from statewright.text_file import read_text
 from statewright.train.config import TrainConfig
-from statewright.train.data import Lanes, corpus_of, read_text
+from statewright.train.data import Lanes, corpus_of
 from statewright.train.loop import make_optimizer
 
 

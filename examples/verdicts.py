@@ -20,7 +20,8 @@ from statewright.diagnose.controls import Control
 from statewright.diagnose.diagnosis import rows_of
 from statewright.diagnose.verdict import VERDICTS
 from statewright.models.tokenizers import byte_tokenizer
-from statewright.train.data import corpus_of, read_text
+from statewright.text_file import read_text
+from statewright.train.data import corpus_of
 
 
 def main() -> None:

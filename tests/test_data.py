@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from statewright import text_file
 from statewright.models.tokenizers import byte_tokenizer, character_tokenizer
-from statewright.train import data
-from statewright.train.data import IGNORED, Corpus, Lanes, corpus_of, encode, read_text, stretches
+from statewright.text_file import read_text
+from statewright.train.data import IGNORED, Corpus, Lanes, corpus_of, encode, stretches
 
 EOS = 256
 many = settings(max_examples=60, deadline=None, derandomize=True)
@@ -43,7 +44,7 @@ def test_pieces_join_to_the_text(text: str, tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(text.encode())
     pieces = list(read_text(path))
-    assert "".join(pieces) == text
+    assert "".join(pieces) == text.removeprefix("\ufeff")
     assert all(pieces)
     assert max(map(len, pieces)) <= 3 * 2**16
 
@@ -55,8 +56,8 @@ def test_any_text_in_any_blocks(tmp_path_factory, text: str, block: int) -> None
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_PIECE", block)
-        assert "".join(read_text(path)) == text
+        patch.setattr(text_file, "_PIECE", block)
+        assert "".join(read_text(path)) == text.removeprefix("\ufeff")
 
 
 def test_words_are_not_cut(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 from test_cli import assert_refused, run  # noqa: F401
 from test_data import corpus
 
+from statewright import text_file
 from statewright.models.tokenizers import byte_tokenizer, character_tokenizer
-from statewright.train import data
 from statewright.train.config import parse_curriculum
 from statewright.train.data import IGNORED, Lanes, corpus_of, encode
 from statewright.train.data_files import (
@@ -138,7 +138,7 @@ def test_boundaries(tmp_path_factory, texts: list[str], block: int) -> None:
     path.write_text(boundary.join(texts) + ".")
     texts[-1] += "."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_PIECE", block)
+        patch.setattr(text_file, "_PIECE", block)
         found = ["".join(pieces) for pieces in text_documents(path, boundary)]
     want = [t for t in boundary.join(texts).split(boundary) if t.strip()]
     assert found == want
@@ -154,6 +154,16 @@ def test_datasets(tmp_path: Path) -> None:
         list(dataset_documents(str(path), column="body"))
     with pytest.raises(ValueError, match="nowhere"):
         list(dataset_documents(str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "txt"])
+def test_a_byte_order_mark_is_no_row(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    path = tmp_path / f"rows.{kind}"
+    body = {"csv": "text\ncaf\xe9\n", "jsonl": '{"text": "caf\xe9"}\n', "txt": "caf\xe9\n"}
+    path.write_text(body[kind], encoding="utf-8-sig")
+    for stream in (False, True):
+        assert list(dataset_documents(str(path), stream=stream)) == [["caf\xe9"]]
 
 
 def test_without_datasets_it_says_what_to_install(monkeypatch) -> None:

@@ -215,7 +215,7 @@ def test_a_bad_paper_file_is_told_by_field(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=said):
             task.draw(1, 0, TOKENIZER)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="no UTF-8"):
+    with pytest.raises(ValueError, match="UTF-16 text, expected UTF-8"):
         task.draw(1, 0, TOKENIZER)
 
 

@@ -178,7 +178,10 @@ def test_the_state_is_measured_per_row(book: Path) -> None:
 
 def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     empty, binary = tmp_path / "empty.jsonl", tmp_path / "binary.txt"
+    few, letter = tmp_path / "few.jsonl", tmp_path / "letter.txt"
     empty.write_text("\n")
+    few.write_text('{"document": "a", "questions": []}')
+    letter.write_text("a")
     binary.write_bytes(b"\xff\xfe\x00")
     llama().save_pretrained(tmp_path / "m")
     TOKENIZER.save_pretrained(tmp_path / "m")
@@ -187,14 +190,19 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureF
     TOKENIZER.save_pretrained(tmp_path / "gpt2")
     capsys.readouterr()
     for model, task, said in (
-        ("m", f"squality:data={empty}", "n=1 questions asked for, the file has 0"),
-        ("m", f"perplexity:text={binary}", "binary.txt: no UTF-8 text"),
-        ("m", f"stream:text={binary}", "binary.txt: no UTF-8 text"),
+        ("m", f"squality:data={empty}", "empty.jsonl: the file is empty"),
+        ("m", f"squality:data={few}", "n=1 questions asked for, the file has 0"),
+        ("m", f"perplexity:text={binary}", "binary.txt: UTF-16 text, expected UTF-8"),
+        ("m", f"stream:text={binary}", "binary.txt: UTF-16 text, expected UTF-8"),
         ("m", "stream", "text='' is not a file: stream:text=PATH"),
-        ("m", f"stream:length=9:text={empty}", "has 1 tokens after the first 0, expected at least"),
+        (
+            "m",
+            f"stream:length=9:text={letter}",
+            "has 1 tokens after the first 0, expected at least",
+        ),
         ("m", "stream:length=-1", "length=-1, offset=0; expected"),
         ("m", f"niah:text={tmp_path}", "is not a file: niah:text=PATH"),
-        ("m", f"stories:prompts={empty}", "empty.jsonl holds no premise"),
+        ("m", f"stories:prompts={empty}", "empty.jsonl: the file is empty"),
         ("m", "stories:style=chat", "no chat template"),
         ("m", "stories:new_tokens=0", "new_tokens=0, temperature=0.0; expected"),
         ("m", "storys", "did you mean 'stories'"),

@@ -155,7 +155,8 @@ def _study(
     from statewright.studies.cells import read_cells
     from statewright.studies.experiment import Place, about
     from statewright.studies.sweep import quiet, runner_of
-    from statewright.train.data import corpus_of, read_text
+    from statewright.text_file import read_text
+    from statewright.train.data import corpus_of
 
     shapes = [Shape.parse(size) for size in chosen["sizes"]]
     if len(set(shapes)) < len(shapes) or len(set(chosen["seed"])) < len(chosen["seed"]):

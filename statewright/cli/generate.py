@@ -114,7 +114,7 @@ def _read_all(
     session: Any, tokenizer: Any, prompt: str | None, prompt_file: str | None, console: Any
 ) -> None:
     from statewright.cli.progress import reading_bar
-    from statewright.train.data import read_text
+    from statewright.text_file import read_text
 
     if prompt_file is not None:
         total = Path(prompt_file).stat().st_size if Path(prompt_file).is_file() else None

@@ -82,9 +82,9 @@ def _manual() -> str:
 
 
 def _read(path: str) -> str:
-    from statewright.train.data import read_text
+    from statewright.text_file import whole_text
 
-    return "".join(read_text(path))
+    return whole_text(path)
 
 
 def _empty_own(directory: Path) -> None:

@@ -107,7 +107,8 @@ def _train(
     from statewright.cli.progress import TrainingBar
     from statewright.diagnose.passing import pass_states, passing_config
     from statewright.diagnose.repair import Repair, try_policy
-    from statewright.train.data import corpus_of, read_text
+    from statewright.text_file import read_text
+    from statewright.train.data import corpus_of
 
     corpus = corpus_of([read_text(text)], tokenizer)
     if options["report_text"] is None:

@@ -75,7 +75,8 @@ def _shrink(source: Path, directory: Path, plan: Any, options: dict[str, Any]) -
     from statewright.models.resize import resize as resized
     from statewright.models.resize_file import publish
     from statewright.models.tokenizers import saved_tokenizer
-    from statewright.train.data import corpus_of, read_text
+    from statewright.text_file import read_text
+    from statewright.train.data import corpus_of
 
     if not options["text"]:
         raise click.UsageError("a factor below 1 needs --text, which says what matters")

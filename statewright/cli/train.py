@@ -184,13 +184,13 @@ def _placed(model: Any, device: str) -> Any:
 
 def _tokenizer(options: dict[str, Any]) -> Any:
     from statewright.models.tokenizers import load_tokenizer, saved_tokenizer
-    from statewright.train.data import read_text
+    from statewright.text_file import whole_text
 
     if options["data"]:
         return saved_tokenizer(_weighted(options["data"][0])[0])
     name, whole = options["tokenizer"], ""
     if name == "characters":
-        whole = "".join("".join(read_text(path)) for path in options["text"])
+        whole = "".join(map(whole_text, options["text"]))
     return load_tokenizer(name, whole)
 
 
@@ -257,7 +257,8 @@ def _resumed(directory: Path, options: dict[str, Any], changed: dict[str, Any]) 
 
 
 def _run(directory: Path, model: Any, tokenizer: Any, config: TrainConfig, about: dict) -> Any:
-    from statewright.train.data import corpus_of, read_text
+    from statewright.text_file import read_text
+    from statewright.train.data import corpus_of
     from statewright.train.data_mix import hold_out
     from statewright.train.loop import Run
 

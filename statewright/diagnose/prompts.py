@@ -10,8 +10,8 @@ from torch import Tensor
 
 from statewright.tasks.base import encode
 from statewright.tasks.passkey import FILLER, NEEDLE, PREFIX
+from statewright.text_file import read_text
 from statewright.train.data import encode as encode_pieces
-from statewright.train.data import read_text
 
 PROMPTS = ("text", "newlines", "random", "passkey")
 

@@ -17,7 +17,7 @@ from statewright.studies.cells import Cell
 from statewright.studies.experiment import Place, System, Systems
 from statewright.studies.fit import Fit, training_seed
 from statewright.studies.settings import CharLMSettings
-from statewright.train.data import read_text
+from statewright.text_file import whole_text
 
 NAME = "char-lm"
 DEFAULT = ("mingru/3", "minlstm/3", "mamba/3", "transformer/3")
@@ -63,7 +63,7 @@ class Characters:
     @classmethod
     def of(cls, path: str | Path, context: int) -> Characters:
         """nanoGPT's split. ValueError if the file is no text or too short for one window."""
-        text = "".join(read_text(path))
+        text = whole_text(path)
         number = {c: i for i, c in enumerate(sorted(set(text)))}
         ids = torch.tensor([number[c] for c in text])
         cut = int(len(ids) * 0.9)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from statewright.tasks.base import Batch, Sample, Tokenizer, encode
+from statewright.text_file import whole_text
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,10 @@ def batch_of(
 
 
 def read_data(task: str, path: str, option: str = "data") -> str:
-    """The file's text; ValueError if there is none or it is no UTF-8."""
+    """The file's text, as `read_text` reads it; ValueError if there is none."""
     if not path or not Path(path).is_file():
         raise ValueError(f"{task}: {option}={path!r} is not a file: {task}:{option}=PATH")
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start})") from error
+    return whole_text(path)
 
 
 def entry(holder: Any, key: str, kind: type, where: str) -> Any:

@@ -83,11 +83,8 @@ class Stories:
     def _premises(self) -> list[str]:
         if not self.prompts:
             return list(PREMISES)
-        lines = read_data("stories", self.prompts, "prompts").splitlines()
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise ValueError(f"stories: {self.prompts} holds no premise, expected one per line")
-        return found
+        lines = read_data("stories", self.prompts, "prompts").split("\n")
+        return [line.strip() for line in lines if line.strip()]
 
     def _prompt(self, premise: str, tokenizer: Any) -> torch.Tensor:
         if self.style == "plain":

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-_PIECE, _BLOCK = 1 << 14, 1 << 20
+_PART, _BLOCK = 1 << 14, 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,46 +67,6 @@ class Corpus:
         return Corpus(self.tokens[begin:end], np.concatenate([[0], inside]), num_bytes, origin)
 
 
-def read_text(path: str | Path) -> Iterator[str]:
-    """The file's text in pieces of about 16 KB, cut before a space, never inside a character.
-
-    Raises ValueError if the file is missing, empty, or not UTF-8 text.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    held, empty = "", True
-    with path.open("rb") as file:
-        while block := file.read(_PIECE):
-            try:
-                text = held + decoder.decode(block)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from error
-            if "\0" in text:
-                raise ValueError(f"{path}: a binary file (it holds NUL bytes), expected text")
-            empty = empty and not text.strip()
-            text, held = _cut(text)
-            if text:
-                yield text
-    try:
-        held += decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (it ends inside a character)") from error
-    if empty:
-        raise ValueError(f"{path}: the file is empty")
-    if held:
-        yield held
-
-
-def _cut(text: str) -> tuple[str, str]:
-    """Cut before the last space between two words: no byte-pair token of GPT's kind spans it."""
-    at = text.rfind(" ", 1, len(text) - 1)
-    while at > 0 and (text[at - 1].isspace() or text[at + 1].isspace()):
-        at = text.rfind(" ", 1, at)
-    return (text, "") if at <= 0 else (text[:at], text[at:])
-
-
 def encoder(
     tokenizer: PreTrainedTokenizerBase, literal: bool = False
 ) -> Callable[[str], Iterator[list[int]]]:
@@ -124,8 +82,8 @@ def encoder(
         backend.encode_special_tokens = True
 
     def ids(text: str) -> Iterator[list[int]]:
-        for begin in range(0, len(text), _PIECE):
-            part = text[begin : begin + _PIECE]
+        for begin in range(0, len(text), _PART):
+            part = text[begin : begin + _PART]
             if backend is None:
                 yield tokenizer.encode(part, add_special_tokens=False, **options)
             else:

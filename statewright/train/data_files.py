@@ -18,12 +18,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from statewright.models.tokenizers import saved_tokenizer
+from statewright.text_file import read_text
 from statewright.train.checkpoint import replace_directory
-from statewright.train.data import Corpus, encoder, read_text, token_dtype
+from statewright.train.data import Corpus, encoder, token_dtype
 
 TOKENS = "tokens.safetensors"
 _HEADER = 4096
 _NAMES = {"uint16": "U16", "int32": "I32", "int64": "I64"}
+# Kinds of local files whose byte order mark is no text.
+_TEXTUAL = ("csv", "json", "text")
 _TYPES = {name: np.dtype(kind) for kind, name in _NAMES.items()}
 
 
@@ -137,6 +140,8 @@ def dataset_documents(
     where: dict[str, Any] = {"path": path, "name": config or None}
     if Path(path).is_file():
         where = {"path": kind, "data_files": path}
+        if kind in _TEXTUAL:
+            where["encoding"] = "utf-8-sig"
     try:
         rows = datasets.load_dataset(**where, split=split, streaming=stream)
     except Exception as error:
