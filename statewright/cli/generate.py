@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,19 @@ import click
 
 from statewright.cli.common import COUNT, MODEL
 
-# Tokens after which a character that does not end is taken for garbage.
-_MAX_HELD = 64
+
+def _text(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """What the system hands over undecoded, as lone surrogates, is no text."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise click.BadParameter("not UTF-8 text", ctx, parameter) from error
+    return value
 
 
 @click.command()
 @click.argument("model", type=MODEL)
-@click.option("--prompt", help="Text to continue.")
+@click.option("--prompt", callback=_text, help="Text to continue.")
 @click.option("--prompt-file", type=click.Path(), help="A text file of any length, read first.")
 @click.option(
     "--policy",
@@ -143,7 +148,8 @@ def feed_text(session: Any, tokenizer: Any, pieces: Any, advance: Any = None) ->
 
 
 def _write(session: Any, tokenizer: Any, prompt: str | None, options: dict[str, Any]) -> None:
-    """Stream text to stdout; a token may be part of a character, so decode what is complete."""
+    """Stream text to stdout, every character as soon as it is whole."""
+    from statewright.token_text import text_stream
     from statewright.train.data import encode
 
     if prompt:
@@ -155,29 +161,10 @@ def _write(session: Any, tokenizer: Any, prompt: str | None, options: dict[str, 
         stop=tokenizer.eos_token_id,
         **{name: options[name] for name in names},
     )
-    for text in decode_stream(tokenizer, (int(ids[0]) for ids in stream), context):
+    for text in text_stream(tokenizer, (int(ids[0]) for ids in stream), context):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
-
-
-def decode_stream(tokenizer: Any, ids: Iterable[int], context: Sequence[int] = ()) -> Iterator[str]:
-    """Yield the text of ids as soon as it is certain, never half a character.
-
-    Every piece is decoded behind the one before it (first: behind `context`), because many
-    tokenizers drop the space before the first word that they decode.
-    """
-    before, held = list(context), []
-    for token in ids:
-        if token == tokenizer.eos_token_id:
-            break
-        held.append(token)
-        text = tokenizer.decode(before + held)
-        if not text.endswith("\ufffd") or len(held) >= _MAX_HELD:
-            yield text[len(tokenizer.decode(before)) :]
-            before, held = held, []
-    if held:
-        yield tokenizer.decode(before + held)[len(tokenizer.decode(before)) :]
 
 
 def _begin_id(tokenizer: Any) -> int:

@@ -165,10 +165,12 @@ def _write(console: Any, session: Any, tokenizer: Any, whole: str) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
+    from statewright.token_text import text_of
+
     prompt = "The "
     session.feed(tokenizer(prompt)["input_ids"])
     ids = session.generate(180, temperature=0.7, top_k=20)[0].tolist()
-    sample = " ".join((prompt + tokenizer.decode(ids)).split())
+    sample = " ".join((prompt + text_of(tokenizer, ids)).split())
     console.print(Padding(Text(sample, style="italic cyan"), (0, 3)))
 
 
@@ -220,6 +222,7 @@ def _bound(console: Any, whole: str) -> None:
     from statewright.models import load
     from statewright.models.tokenizers import saved_tokenizer
     from statewright.session import Session
+    from statewright.token_text import text_of
 
     try:
         path = Path(locate(_TRANSFORMER))
@@ -238,7 +241,7 @@ def _bound(console: Any, whole: str) -> None:
             f"{session.nbytes:,} after {session.seen:,}",
             soft_wrap=True,
         )
-        sample = " ".join(tokenizer.decode(ids).split())
+        sample = " ".join(text_of(tokenizer, ids).split())
         console.print(Padding(Text(sample, style="italic cyan"), (0, 6)))
 
 

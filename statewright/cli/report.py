@@ -51,6 +51,7 @@ def trace(
     from statewright.models.tokenizers import saved_tokenizer
     from statewright.policies import build_policy
     from statewright.report.trace import trace as run
+    from statewright.token_text import token_labels
 
     quiet_libraries()
     for policy in policies:
@@ -59,7 +60,7 @@ def trace(
         raise ValueError(f"length={length}, expected at least 2 tokens")
     net, tokenizer = load_any(model), saved_tokenizer(model)
     ids = text_ids(text, tokenizer, length).long()
-    tokens = [tokenizer.decode([token]) for token in ids.tolist()]
+    tokens = token_labels(tokenizer, ids)
     found = run(net, ids.to(net.device), tokens, policies, every)
     about: dict[str, Any] = {"model": Path(model).name, "text": Path(text).name}
     about |= {"command": " ".join(["statewright", *sys.argv[1:]]), **environment(net.device)}

@@ -284,12 +284,13 @@ def _run(directory: Path, model: Any, tokenizer: Any, config: TrainConfig, about
 
 
 def _token_files(paths: list[str], tokenizer: Any) -> list[Any]:
+    from statewright.token_text import same_tokens
     from statewright.train.data_files import read_tokens
 
     corpora = []
     for path in paths:
         corpus, theirs = read_tokens(path)
-        if theirs.get_vocab() != tokenizer.get_vocab():
+        if not same_tokens(theirs, tokenizer):
             raise ValueError(f"{path}: made with another tokenizer than the model's")
         corpora.append(corpus)
     return corpora

@@ -19,6 +19,7 @@ from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightForCausalLM
 from statewright.policies import build_policy
 from statewright.tasks.base import IGNORED, Batch, Sample
+from statewright.token_text import holds, text_of
 
 # What one call of a model may hold when the number of rows is up to us.
 _MOST_TOKENS, _MOST_LOGITS = 1 << 14, 1 << 26
@@ -128,10 +129,10 @@ def _written(
     """new (B, T): whether the answer is in it, or the text up to its end."""
     for sample, row in zip(samples, new):
         if not (textual or sample.references):
-            yield Answer(float(sample.answer in tokenizer.decode(row)))
+            yield Answer(float(holds(tokenizer, row, sample.answer)))
             continue
         ended = until_end(row, _ends(model))
-        text = tokenizer.decode(ended, skip_special_tokens=True).strip()
+        text = text_of(tokenizer, ended, skip_special_tokens=True).strip()
         yield Answer(text=text, tokens=len(ended))
 
 

@@ -15,6 +15,7 @@ from statewright.evaluate.measure import metered
 from statewright.evaluate.run import Result, spec_of
 from statewright.state_file import fingerprint
 from statewright.tasks import Batch, Task
+from statewright.token_text import text_of
 
 # Changes whenever the same texts would get another verdict from the same model.
 VERSION = 1
@@ -37,7 +38,8 @@ class Judge:
         digest.
         """
         prompts = [
-            tokenizer.decode(sample.input_ids, skip_special_tokens=True) for sample in batch.samples
+            text_of(tokenizer, sample.input_ids, skip_special_tokens=True)
+            for sample in batch.samples
         ]
         first, *others = results
         weights, cells = fingerprint(self.model), []

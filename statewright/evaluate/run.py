@@ -27,6 +27,7 @@ from statewright.evaluate.stories import story_scores
 from statewright.spec import format_spec
 from statewright.tasks import TASKS, Task, build_task
 from statewright.tasks.base import Batch
+from statewright.token_text import text_of
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _summary(
     if losses := [answer.losses for answer in found if answer.losses is not None]:
         values = [float(row.double().mean()) for row in losses]
         mean = math.fsum(values) / len(values)
-        read = [tokenizer.decode(sample.input_ids[1:]) for sample in batch.samples]
+        read = [text_of(tokenizer, sample.input_ids[1:]) for sample in batch.samples]
         metrics = {"nats": mean, "perplexity": perplexity(torch.tensor(values))}
         metrics["bits_per_byte"] = bits_per_byte(losses, read)
         return metrics, values, (loss_by_position(losses),)

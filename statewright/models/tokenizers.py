@@ -13,17 +13,22 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from statewright.hf.hub import require_reachable
+from statewright.token_text import byte_names
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """One token per UTF-8 byte: ids 0..255 are the bytes, 256 is `<|endoftext|>`. Lossless."""
-    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    tokenizer.pre_tokenizer = _single_characters()
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    """One token per UTF-8 byte: ids 0..255 are the bytes, 256 is `<|endoftext|>`. Lossless.
+
+    Bytes that are no text decode to U+FFFD as `bytes.decode("utf-8", errors="replace")` does.
+    Tokens are named as in GPT-2's vocabulary.
+    """
+    vocabulary = {name: byte for byte, name in enumerate(byte_names())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return _finish(tokenizer)
 
 

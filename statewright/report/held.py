@@ -132,8 +132,8 @@ def _text(
 
 
 def _visible(token: str) -> str:
-    """Line ends stay line ends; other control characters are shown, not obeyed."""
-    return "".join(c if c == "\n" or c.isprintable() else "�" for c in token) or "∅"
+    """Line ends stay line ends; other control characters are shown by name, not obeyed."""
+    return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in token) or "∅"
 
 
 def _table(tokens: Sequence[str], lives: Any, looks: _Looks, most: int = 20) -> str:

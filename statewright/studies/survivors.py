@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from statewright.state import KVState
+from statewright.token_text import token_labels
 
 
 class Survivors:
@@ -62,13 +63,7 @@ class Survivors:
 
 def classes_of(ids: Sequence[int] | Tensor, tokenizer: Any) -> list[str]:
     """newline, end (.!?), pause (,;:), quote, other mark, number, Name, word or rest of a word."""
-    known: dict[int, str] = {}
-    found = []
-    for token in map(int, ids):
-        if token not in known:
-            known[token] = _class_of(tokenizer.decode([token]))
-        found.append(known[token])
-    return found
+    return [_class_of(label) for label in token_labels(tokenizer, ids)]
 
 
 def _class_of(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from statewright.evaluate.metrics import ROUGE, score
 from statewright.models.tokenizers import saved_tokenizer
 from statewright.tasks import TASKS
+from statewright.token_text import text_of
 
 
 def passkey(**options: Any) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def _data(name: str, options: dict[str, Any]) -> dict[str, Any]:
     batch = task.draw(int(options.get("num_samples", 20)), int(options.get("seed", 0)), tokenizer)
     rows = [
         {
-            "prompt": tokenizer.decode(sample.input_ids),
+            "prompt": text_of(tokenizer, sample.input_ids),
             "answer": sample.answer,
             "references": list(sample.references),
             "cut": sample.cut,
