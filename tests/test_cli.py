@@ -185,8 +185,8 @@ def test_list_names_everything(run) -> None:
 
 
 def test_quickstart(home: Path, tmp_path: Path, run, monkeypatch) -> None:
-    absent = pretrained.Packaged("no-such", "no_such", "*.gguf", "smollm")
-    monkeypatch.setitem(pretrained.PRETRAINED, "smollm2-135m", absent)
+    monkeypatch.setenv("STATEWRIGHT_HOME", str(tmp_path / "nothing"))
+    monkeypatch.setattr(pretrained, "lacking", lambda: ["gguf"])
     monkeypatch.setattr(collapse_step, "_STEPS", 4)
     target = tmp_path / "quick"
     argv = ["quickstart", "--text", home / "book.txt", "--output-dir", target, "--seconds", "1"]

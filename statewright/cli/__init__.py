@@ -20,6 +20,7 @@ from statewright.cli.evaluate import eval_
 from statewright.cli.generate import generate
 from statewright.cli.listing import list_
 from statewright.cli.lm_eval import lm_eval
+from statewright.cli.models import models
 from statewright.cli.quickstart import quickstart
 from statewright.cli.repair import repair
 from statewright.cli.report import report, trace
@@ -63,6 +64,7 @@ for verb in (
     trace,
     bench,
     list_,
+    models,
 ):
     cli.add_command(verb)
 

