@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt $(wildcard setup.py statewright/ops/csrc/*)
 
-.PHONY: quickstart test test-slow conformance lint bench docs clean
+.PHONY: quickstart test test-slow test-versions test-versions-torch test-extras conformance \
+	lint bench docs clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.ready: $(SOURCES)
@@ -23,6 +24,15 @@ test: $(VENV)/.ready ## Everything that guards main, offline
 
 test-slow: $(VENV)/.ready ## What takes minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
+
+test-versions: $(VENV)/.ready ## Under the lowest and the newest versions that pyproject allows
+	$(BIN)/python versions/run.py lowest newest
+
+test-versions-torch: $(VENV)/.ready ## Under the newest torch that was tried (gigabytes)
+	$(BIN)/python versions/run.py torch
+
+test-extras: $(VENV)/.ready ## Every extra alone in an environment of its own (network)
+	$(BIN)/python versions/run.py extras
 
 .venv-bench/.ready: $(SOURCES) benchmarks/requirements.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import statewright
 from statewright import laws
@@ -13,7 +14,8 @@ from statewright.mixers import MIXERS
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.models.calibration import FILE, calibrate
 
-peft = pytest.importorskip("peft")
+# An older one is refused by transformers itself.
+peft = pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)
 
 V = 23
 SPECS = {name: name for name in MIXERS} | {
