@@ -86,6 +86,13 @@ def test_without_use_cache_it_is_refused() -> None:
         model.generate(ids, past_key_values=cache, use_cache=False, max_new_tokens=3)
 
 
+def test_a_shorter_second_prompt_is_refused() -> None:
+    model, cache = tiny("llama"), BoundedCache(tiny("llama"), POLICIES[0])
+    model.generate(text(1, 8), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    with pytest.raises(ValueError, match="no token is new; to go on from a filled cache"):
+        model.generate(text(1, 5, seed=3), past_key_values=cache, max_new_tokens=2)
+
+
 def test_the_config_is_saved_as_it_was(tmp_path) -> None:
     model = copy.deepcopy(tiny("llama"))
     before = model.config.to_dict()

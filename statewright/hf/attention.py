@@ -135,6 +135,12 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     if call is not None and call.cache is cache and module is not call.module:
         call.depth += 1
         return
+    ids = given.get("input_ids")
+    if ids is not None and ids.shape[1:] == (0,):
+        raise ValueError(
+            "BoundedCache: no token is new; to go on from a filled cache give generate all ids, "
+            "those that it has seen and the new ones, and for another text a new cache"
+        )
     mask = given.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         raise ValueError(

@@ -101,7 +101,14 @@ class Mixer(nn.Module):
         if x.shape[1] == 0:
             return torch.empty_like(x), state
         starts = reset if reset is None or mask is None else reset & mask
+        if torch.compiler.is_compiling() and self.run_cuts(mask, starts):
+            return Mixer.run(self, x, state, mask, starts, policy)
         return self.run(x, state, mask, starts, policy)
+
+    def run_cuts(self, mask: Tensor | None, starts: Tensor | None) -> bool:
+        """Whether `run` cuts or packs tokens where the data say, which a compiled graph cannot;
+        it goes token by token then."""
+        return False
 
     def run(
         self,

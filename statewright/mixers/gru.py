@@ -85,6 +85,9 @@ class NonlinearMixer(Mixer):
         hidden = self.cell(x.to(state.h.dtype), self._hidden(state), self._weights(state.h.dtype))
         return self._output(hidden[0], x), self._with(state, hidden)
 
+    def run_cuts(self, mask: Tensor | None, starts: Tensor | None) -> bool:
+        return mask is not None or starts is not None
+
     def run(
         self,
         x: Tensor,

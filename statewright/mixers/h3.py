@@ -89,6 +89,9 @@ class H3(Mixer):
         kv = kv.unflatten(0, (x.shape[0], -1))
         return self._read(q, kv), self._with(state, carried, taps)
 
+    def run_cuts(self, mask: Tensor | None, starts: Tensor | None) -> bool:
+        return starts is not None
+
     def run(
         self,
         x: Tensor,

@@ -173,6 +173,9 @@ class Hyena(Mixer):
         taps = torch.where(active.view(-1, 1, 1), taps, old_taps)
         return self.out_proj(v), self._tidied(state, k, pos, seen + active, taps)
 
+    def run_cuts(self, mask: Tensor | None, starts: Tensor | None) -> bool:
+        return True
+
     def run(
         self,
         x: Tensor,

@@ -153,7 +153,12 @@ def tidy(
     """
     for name in [n for n in state.extra if n.startswith(MARK)]:
         state = state.without_extra(name)
-    if bool(left.all()):
+    if torch.compiler.is_compiling():
+        # How many are left is not known while a graph is traced, so the others stay as empty slots.
+        empty = ~left.unsqueeze(-1)
+        k, v = k.masked_fill(empty, 0), v.masked_fill(empty, 0)
+        new = replace(state, k=k, v=v, pos=pos.masked_fill(~left, -1), seen=seen)
+    elif bool(left.all()):
         new = replace(state, k=k, v=v, pos=pos, seen=seen)
     else:
         counts = left.sum(-1, keepdim=True)
@@ -253,7 +258,7 @@ def _candidates(
 ) -> Tensor | None:
     """(B, H, A): the entries that columns [begin, end) may see, M for none; None: take all."""
     M = timeline.num_old + end
-    if died is None and window is None:
+    if (died is None and window is None) or torch.compiler.is_compiling():
         return None
     alive = timeline.pos[..., :M] >= 0
     if died is not None:

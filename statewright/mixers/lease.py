@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -17,7 +18,9 @@ _LEASES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def refuse_donated(state: KVState) -> None:
-    """ValueError for a state that an earlier call was allowed to write over."""
+    """ValueError for a state that an earlier call was allowed to write over (not in a graph)."""
+    if torch.compiler.is_compiling():
+        return
     if _LEASES.get(state.k, ()) is None:
         raise ValueError(
             "Attention: this state was donated to an earlier call (donate=True), which may have "

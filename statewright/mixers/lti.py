@@ -177,7 +177,7 @@ class StateSpace(nn.Module):
             piece = u[..., begin:end]
             y = fft_conv(piece, system.kernel(end - begin))
             # An empty state, with which most training begins, adds nothing.
-            if x.requires_grad or bool(x.any()):
+            if torch.compiler.is_compiling() or x.requires_grad or bool(x.any()):
                 y = y + respond(system, x, end - begin)
             outputs.append(y)
             left = None if rows is None else (rows.lengths - begin).clamp(0, end - begin)
@@ -246,6 +246,9 @@ class StateSpaceMixer(Mixer):
     def update(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
         y, carried = self.ssm.update(x, state.S.flatten(2))
         return self.output(y), replace(state, S=carried.unflatten(2, (-1, 2)))
+
+    def run_cuts(self, mask: Tensor | None, starts: Tensor | None) -> bool:
+        return starts is not None
 
     def run(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,6 +33,17 @@ class LowRankSystem:
     b: Tensor
     c: Tensor
     dt: Tensor
+    # (2/dt - A)^-1 as a diagonal and a correction; A, A^2, A^4, ... (H, N, N) real, so far.
+    inverse: Tensor = field(init=False)
+    correction: Tensor = field(init=False)
+    powers: list[Tensor] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        inverse = 1 / (2 / self.dt - self.L)
+        spread = inverse * self.p
+        object.__setattr__(self, "inverse", inverse)
+        correction = spread / (1 + _pair_sum(self.p.conj() * spread))
+        object.__setattr__(self, "correction", correction)
 
     def advance(self, x: Tensor, u: Tensor) -> Tensor:
         """(2/dt - A) x_t = (2/dt + A) x_{t-1} + 2 b u_t (appendix C.2)."""
@@ -42,30 +53,19 @@ class LowRankSystem:
 
     def _solve(self, r: Tensor) -> Tensor:
         """(2/dt - A)^-1 r."""
-        scaled = self._inverse * r
-        return scaled - self._correction * _pair_sum(self.p.conj() * scaled)
-
-    @cached_property
-    def _inverse(self) -> Tensor:
-        return 1 / (2 / self.dt - self.L)
-
-    @cached_property
-    def _correction(self) -> Tensor:
-        spread = self._inverse * self.p
-        return spread / (1 + _pair_sum(self.p.conj() * spread))
+        scaled = self.inverse * r
+        return scaled - self.correction * _pair_sum(self.p.conj() * scaled)
 
     def read(self, x: Tensor) -> Tensor:
         return _pair_sum(self.c * as_complex(x)).squeeze(-1)
 
-    @cached_property
-    def powers(self) -> list[Tensor]:
-        """A, A^2, A^4, ... (H, N, N) real, as far as they were asked for."""
-        H, N = self.L.shape[0], 2 * self.L.shape[1]
-        eye = torch.eye(N, dtype=self.dt.dtype, device=self.dt.device).unsqueeze(1).expand(-1, H, N)
-        return [self.advance(eye, self.dt.new_zeros(N, H)).movedim(0, -1)]
-
     def _power(self, exponent: int) -> Tensor:
         """A^(2^exponent)."""
+        if not self.powers:
+            H, N = self.L.shape[0], 2 * self.L.shape[1]
+            eye = torch.eye(N, dtype=self.dt.dtype, device=self.dt.device)
+            eye = eye.unsqueeze(1).expand(-1, H, N)
+            self.powers.append(self.advance(eye, self.dt.new_zeros(N, H)).movedim(0, -1))
         while len(self.powers) <= exponent:
             self.powers.append(self.powers[-1] @ self.powers[-1])
         return self.powers[exponent]
@@ -114,7 +114,7 @@ class LowRankSystem:
         turn = torch.arange(T // 2 + 1, dtype=self.dt.dtype, device=self.dt.device) / T
         z = torch.polar(torch.ones_like(turn), -2 * torch.pi * turn)
         s, w = (2 / self.dt) * (1 - z), 1 + z
-        cauchy = _Cauchy(self.L, s, w)
+        cauchy = _cauchy(self.L, s, w)
         cb, cp = cauchy(truncated * self.b), cauchy(truncated * self.p)
         pb, pp = cauchy(self.p.conj() * self.b), cauchy(self.p.conj() * self.p)
         spectrum = 2 * (cb - w * cp * pb / (1 + w * pp))
@@ -129,26 +129,15 @@ class LowRankSystem:
         return row.squeeze(1)
 
 
-@dataclass(frozen=True)
-class _Cauchy:
+def _cauchy(L: Tensor, s: Tensor, w: Tensor) -> Callable[[Tensor], Tensor]:
     """sum_n v_n / (s - L_n w) over all N modes, those of the conjugates included: (H, nodes)."""
+    s, L = s.unsqueeze(1), L.unsqueeze(-1)
+    below, above = 1 / (s - L * w), 1 / (s - L.conj() * w)
 
-    L: Tensor
-    s: Tensor
-    w: Tensor
+    def total(v: Tensor) -> Tensor:
+        return torch.einsum("hm,hmt->ht", v, below) + torch.einsum("hm,hmt->ht", v.conj(), above)
 
-    def __call__(self, v: Tensor) -> Tensor:
-        return torch.einsum("hm,hmt->ht", v, self._below) + torch.einsum(
-            "hm,hmt->ht", v.conj(), self._above
-        )
-
-    @cached_property
-    def _below(self) -> Tensor:
-        return 1 / (self.s.unsqueeze(1) - self.L.unsqueeze(-1) * self.w)
-
-    @cached_property
-    def _above(self) -> Tensor:
-        return 1 / (self.s.unsqueeze(1) - self.L.conj().unsqueeze(-1) * self.w)
+    return total
 
 
 def _pair_sum(x: Tensor) -> Tensor:
@@ -233,3 +222,7 @@ class S4(StateSpaceMixer):
     ) -> None:
         super().__init__(hidden_size)
         self.ssm = LowRankSpace(hidden_size, state_size, dt_min, dt_max)
+
+    def run_cuts(self, mask: Tensor | None, starts: Tensor | None) -> bool:
+        # A masked row's jump is as long as the row.
+        return mask is not None or starts is not None

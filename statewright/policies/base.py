@@ -163,7 +163,7 @@ def victim(policy: Eviction, slots: Slots, score: Tensor) -> Tensor:
     """
     least = score.amin(-1, keepdim=True)
     beyond = score > least + _slack(policy, slots, least)
-    return torch.where(beyond, _LONGEST, slots.pos).argmin(-1, keepdim=True)
+    return slots.pos.masked_fill(beyond, _LONGEST).argmin(-1, keepdim=True)
 
 
 def victims(policy: Eviction, slots: Slots, score: Tensor, excess: Tensor) -> Tensor:
@@ -213,9 +213,9 @@ def _in_runs(policy: Eviction, slots: Slots, score: Tensor, excess: Tensor) -> T
 
 def _slack(policy: Eviction, slots: Slots, least: Tensor) -> Tensor:
     """How far above each of the scores `least` (B, H, n) another one still counts as equal."""
-    slack = policy.magnitude(least, slots) * (_ROUNDINGS * torch.finfo(least.dtype).eps)
-    # An infinite score is protected, or out of sight, without any rounding.
-    return slack.masked_fill(least.isinf(), 0)
+    limits = torch.finfo(least.dtype)
+    # Finite, as an infinite score (protected, or out of sight) plus it must stay what it is.
+    return (policy.magnitude(least, slots) * (_ROUNDINGS * limits.eps)).clamp(max=limits.max)
 
 
 def last_rows(slots: Slots) -> Tensor:

@@ -56,10 +56,9 @@ class Rule:
 
     def peak(self, logits: Tensor, visible: Tensor | None) -> Tensor:
         """(B, H): the largest logit in magnitude, of q.k (B, H, R, C, N) as in `weights`."""
-        sizes = logits.abs()
         if visible is not None:
-            sizes = sizes.masked_fill(~visible.unsqueeze(2), 0)
-        peak = sizes.amax((2, 3, 4)) * self.scale
+            logits = logits.masked_fill(~visible.unsqueeze(2), 0)
+        peak = torch.linalg.vector_norm(logits, ord=torch.inf, dim=(2, 3, 4)) * self.scale
         return peak if self.softcap is None else self.softcap * (peak / self.softcap).tanh()
 
 
@@ -177,7 +176,8 @@ class _Bank:
                 mark.scatter_(-1, free, 0.0)
             if looks:
                 logits = q[:, :, :, t] @ self.keys.mT
-                rows, peak = logits.softmax(-1).unsqueeze(3), logits.abs().amax((2, 3))
+                rows = logits.softmax(-1).unsqueeze(3)
+                peak = torch.linalg.vector_norm(logits, ord=torch.inf, dim=(2, 3))
             seen = self.timeline.seen[:, t]
             slots = Slots(self.keys, self.values, self.pos, seen, rows, last, self.marks, peak)
             if self.marks:
