@@ -60,7 +60,7 @@ setup(
     cmdclass={"build_ext": BuildOptionalKernels, "bdist_wheel": AnyPythonWheel},
     package_data={
         "statewright.ops": ["csrc/*.c", "csrc/*.h", "csrc/*.txt"],
-        "statewright.evaluate.lm_eval_tasks": ["*.yaml"],
+        "statewright.evaluation.lm_eval_tasks": ["*.yaml"],
     },
     ext_modules=[
         Extension(

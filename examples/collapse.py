@@ -25,11 +25,11 @@ import numpy as np
 import torch
 
 import statewright
-from statewright.diagnose.controls import Control, saved_control
-from statewright.diagnose.diagnosis import rows_of
-from statewright.diagnose.passing import pass_states, passing_config
-from statewright.diagnose.reading import read
-from statewright.diagnose.repair import try_policy
+from statewright.diagnosis.controls import Control, saved_control
+from statewright.diagnosis.diagnosis import rows_of
+from statewright.diagnosis.passing import pass_states, passing_config
+from statewright.diagnosis.reading import read
+from statewright.diagnosis.repair import try_policy
 from statewright.models.calibration import calibrate
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.train.data import Corpus

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from statewright.diagnose import diagnose
-from statewright.diagnose.cases import cases, confusion
-from statewright.diagnose.controls import Control
-from statewright.diagnose.diagnosis import rows_of
-from statewright.diagnose.verdict import VERDICTS
+from statewright.diagnosis import diagnose
+from statewright.diagnosis.cases import cases, confusion
+from statewright.diagnosis.controls import Control
+from statewright.diagnosis.diagnosis import rows_of
+from statewright.diagnosis.verdict import VERDICTS
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.text_file import read_text
 from statewright.train.data import corpus_of

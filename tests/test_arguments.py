@@ -9,10 +9,10 @@ import torch
 from bounded_models import tiny
 from transformers import DynamicCache, GenerationConfig
 
-from statewright.evaluate.answers import call_options
-from statewright.evaluate.decoding import decode
-from statewright.evaluate.losses import losses_into
-from statewright.evaluate.measure import metered
+from statewright.evaluation.answers import call_options
+from statewright.evaluation.decoding import decode
+from statewright.evaluation.losses import losses_into
+from statewright.evaluation.measure import metered
 from statewright.hf.arguments import CACHE, NAMES, cache_argument, cache_in, is_recurrent
 from statewright.hf.bounded import BoundedCache
 from statewright.hf.cache import StateCache

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig
 
 from statewright.bench.perplexity import exact
 from statewright.cli import main
-from statewright.evaluate import build_bound, evaluate, paired, short_context_losses, token_losses
-from statewright.evaluate.decoding import decode, held_bytes
+from statewright.evaluation import build_bound, evaluate, paired, short_context_losses, token_losses
+from statewright.evaluation.decoding import decode, held_bytes
 from statewright.hf.bounded import BoundedCache
 from statewright.hf.sizing import bounded_sizes
 from statewright.models.tokenizers import byte_tokenizer

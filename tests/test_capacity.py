@@ -16,7 +16,7 @@ from rich.console import Console
 
 from statewright.cli import main
 from statewright.cli.capacity import _live
-from statewright.diagnose.repair import Trial
+from statewright.diagnosis.repair import Trial
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.studies import capacity, capacity_laws
 from statewright.studies.capacity import Study

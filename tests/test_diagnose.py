@@ -9,10 +9,10 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from statewright.diagnose import diagnose, read, remembrance
-from statewright.diagnose.controls import Control, scale_decay, untrained
-from statewright.diagnose.gates import Recorder, watched
-from statewright.diagnose.heads import (
+from statewright.diagnosis import diagnose, read, remembrance
+from statewright.diagnosis.controls import Control, scale_decay, untrained
+from statewright.diagnosis.gates import Recorder, watched
+from statewright.diagnosis.heads import (
     QUANTITIES,
     carried_by_head,
     first_not_finite,
@@ -22,12 +22,12 @@ from statewright.diagnose.heads import (
     recurrent_states,
     statistics,
 )
-from statewright.diagnose.intervene import retention_by_change
-from statewright.diagnose.prompts import prompt_ids, text_ids
-from statewright.diagnose.remembrance import memory
-from statewright.diagnose.runner import Runner
-from statewright.diagnose.schedule import Schedule, rows_at, schedule_for
-from statewright.evaluate import token_losses
+from statewright.diagnosis.intervene import retention_by_change
+from statewright.diagnosis.prompts import prompt_ids, text_ids
+from statewright.diagnosis.remembrance import memory
+from statewright.diagnosis.runner import Runner
+from statewright.diagnosis.schedule import Schedule, rows_at, schedule_for
+from statewright.evaluation import token_losses
 from statewright.hf.families import tiny
 from statewright.hf.host import as_host
 from statewright.models import StatewrightConfig, StatewrightForCausalLM, load

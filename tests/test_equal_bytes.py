@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from statewright.cli import main
-from statewright.evaluate import Plan, byte_curves, footprint, run_bytes
-from statewright.evaluate import grid as grid_module
-from statewright.evaluate.equal_bytes import candidate_of
+from statewright.evaluation import Plan, byte_curves, footprint, run_bytes
+from statewright.evaluation import grid as grid_module
+from statewright.evaluation.equal_bytes import candidate_of
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.studies import equal_bytes, figures

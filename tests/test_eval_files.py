@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from statewright.evaluate import evaluate, score
+from statewright.evaluation import evaluate, score
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.tasks import build_task, digest

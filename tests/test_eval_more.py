@@ -23,8 +23,8 @@ from writers import TOKENIZER, Writer
 
 from statewright.bench import evaluation
 from statewright.cli import main
-from statewright.evaluate import Plan, evaluate, evaluate_batch, run_plan, score, token_losses
-from statewright.evaluate.answers import Manner, answers, rows_of, takes_padding, until_end
+from statewright.evaluation import Plan, evaluate, evaluate_batch, run_plan, score, token_losses
+from statewright.evaluation.answers import Manner, answers, rows_of, takes_padding, until_end
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.tasks import TASKS, build_task, digest
 from statewright.tasks.base import Batch, Sample

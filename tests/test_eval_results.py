@@ -14,9 +14,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from statewright.cli import main
-from statewright.evaluate import Plan, evaluate, run_plan, standard_error
-from statewright.evaluate import grid as grid_module
-from statewright.evaluate.curves import bits_per_byte, loss_by_position
+from statewright.evaluation import Plan, evaluate, run_plan, standard_error
+from statewright.evaluation import grid as grid_module
+from statewright.evaluation.curves import bits_per_byte, loss_by_position
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.models.tokenizers import byte_tokenizer

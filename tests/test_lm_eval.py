@@ -14,8 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from statewright.cli import main
-from statewright.evaluate import token_losses
-from statewright.evaluate.harness import harness_model
+from statewright.evaluation import token_losses
+from statewright.evaluation.harness import harness_model
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.models.tokenizers import byte_tokenizer

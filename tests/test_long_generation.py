@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from statewright.cli import main
-from statewright.evaluate import Plan, evaluate, judge, run_plan, story_scores
-from statewright.evaluate import judged as judged_module
-from statewright.evaluate.judge import BEFORE, FIRST, REPLY, SECOND
+from statewright.evaluation import Plan, evaluate, judge, run_plan, story_scores
+from statewright.evaluation import judged as judged_module
+from statewright.evaluation.judge import BEFORE, FIRST, REPLY, SECOND
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.tasks import build_task

@@ -8,7 +8,7 @@ import pytest
 import torch
 from writers import TOKENIZER, Writer
 
-from statewright.evaluate import evaluate, score
+from statewright.evaluation import evaluate, score
 from statewright.tasks import NIAH, build_task, digest
 from statewright.tasks.niah import NAMES
 
@@ -111,7 +111,7 @@ def test_a_share_of_the_needles_is_a_share_of_the_score() -> None:
 
 
 def test_lm_eval_counts_every_needle() -> None:
-    from statewright.evaluate.lm_eval_tasks.functions import contains
+    from statewright.evaluation.lm_eval_tasks.functions import contains
 
     assert contains({"answer": "12", "references": []}, ["so 12"]) == {"acc": 1}
     assert contains({"answer": "", "references": ["12", "34"]}, ["so 12"]) == {"acc": 0.5}

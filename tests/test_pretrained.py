@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from statewright.checks.load import load_any
 from statewright.cli import main
-from statewright.evaluate import paired, token_losses
+from statewright.evaluation import paired, token_losses
 from statewright.hf import pretrained
 from statewright.hf.pretrained import cache_directory, locate
 from statewright.models.tokenizers import byte_tokenizer, saved_tokenizer

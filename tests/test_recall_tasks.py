@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from statewright.evaluate import evaluate
+from statewright.evaluation import evaluate
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.tasks import MQAR, NIAH, InContext, build_task
 from statewright.tasks.base import IGNORED, Batch

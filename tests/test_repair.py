@@ -13,10 +13,10 @@ import torch
 
 import statewright
 from statewright.cli import main
-from statewright.diagnose.controls import Control, saved_control, train_control
-from statewright.diagnose.diagnosis import rows_of
-from statewright.diagnose.passing import pass_states, passing_config
-from statewright.diagnose.repair import Trial, candidates, choose, repair, try_policy
+from statewright.diagnosis.controls import Control, saved_control, train_control
+from statewright.diagnosis.diagnosis import rows_of
+from statewright.diagnosis.passing import pass_states, passing_config
+from statewright.diagnosis.repair import Trial, candidates, choose, repair, try_policy
 from statewright.models.calibration import FILE
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.policies import build_policy

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from statewright.cli.diagnose import as_record
-from statewright.diagnose import diagnose
-from statewright.diagnose.controls import Control, untrained
+from statewright.diagnosis import diagnose
+from statewright.diagnosis.controls import Control, untrained
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.report.diagnosis import page
 from statewright.report.svg import Axis, Chart, count, plain

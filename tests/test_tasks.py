@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from statewright.evaluate import evaluate, perplexity, token_losses
+from statewright.evaluation import evaluate, perplexity, token_losses
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.models.tokenizers import byte_tokenizer

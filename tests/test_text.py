@@ -14,8 +14,8 @@ from text_kinds import KINDS
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
 
-from statewright.evaluate import score
-from statewright.evaluate.answers import Manner, answers
+from statewright.evaluation import score
+from statewright.evaluation.answers import Manner, answers
 from statewright.models.tokenizers import byte_tokenizer, character_tokenizer
 from statewright.tasks import TASKS, build_task
 from statewright.token_text import (

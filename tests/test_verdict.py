@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from statewright.cli import main
-from statewright.diagnose import diagnose, judge
-from statewright.diagnose.cases import cases, confusion, into_digits
-from statewright.diagnose.controls import Control, saved_control, scale_decay, untrained
-from statewright.diagnose.diagnosis import rows_of
-from statewright.diagnose.gates import GateReport
-from statewright.diagnose.reading import Comparison, Reading
-from statewright.diagnose.remembrance import Remembrance
-from statewright.diagnose.stream import Bucket, Layer
-from statewright.diagnose.train_length import known_train_length, train_length_of
-from statewright.diagnose.verdict import AMNESIA, COLLAPSE, HEALTHY, SHIFT, VERDICTS, words
+from statewright.diagnosis import diagnose, judge
+from statewright.diagnosis.cases import cases, confusion, into_digits
+from statewright.diagnosis.controls import Control, saved_control, scale_decay, untrained
+from statewright.diagnosis.diagnosis import rows_of
+from statewright.diagnosis.gates import GateReport
+from statewright.diagnosis.reading import Comparison, Reading
+from statewright.diagnosis.remembrance import Remembrance
+from statewright.diagnosis.stream import Bucket, Layer
+from statewright.diagnosis.train_length import known_train_length, train_length_of
+from statewright.diagnosis.verdict import AMNESIA, COLLAPSE, HEALTHY, SHIFT, VERDICTS, words
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.train.data import corpus_of
 

@@ -11,8 +11,8 @@ from transformers import DynamicCache
 
 from statewright.bench.perplexity import llama
 from statewright.bench.protocol import Case
-from statewright.evaluate import evaluate_batch
-from statewright.evaluate.answers import rows_of
+from statewright.evaluation import evaluate_batch
+from statewright.evaluation.answers import rows_of
 from statewright.hf.arguments import CACHE
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.models.tokenizers import byte_tokenizer

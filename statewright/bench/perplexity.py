@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from statewright.bench.protocol import Case, error_of
-from statewright.evaluate import token_losses
+from statewright.evaluation import token_losses
 from statewright.hf.arguments import CACHE
 from statewright.hf.bounded import BoundedCache
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from statewright.bench.protocol import Case
-from statewright.diagnose import read
-from statewright.diagnose.runner import Runner, nats
-from statewright.diagnose.schedule import schedule_for
-from statewright.diagnose.stream import Stream
+from statewright.diagnosis import read
+from statewright.diagnosis.runner import Runner, nats
+from statewright.diagnosis.schedule import schedule_for
+from statewright.diagnosis.stream import Stream
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 
 _TRAIN_LENGTH = 256

@@ -27,8 +27,8 @@ def collapse(console: Any, corpus: Any, rest: Any, directory: Path, seed: int = 
     import torch
 
     from statewright.cli.progress import TrainingBar
-    from statewright.diagnose import diagnose
-    from statewright.diagnose.controls import Control, saved_control
+    from statewright.diagnosis import diagnose
+    from statewright.diagnosis.controls import Control, saved_control
 
     control = Control(num_steps=_STEPS, learning_rate=_RATE, seed=seed)
     began, tokens = time.perf_counter(), control.num_rows * control.train_length
@@ -69,7 +69,7 @@ def cure(console: Any, sick: Collapsed, rest: Any) -> None:
     it has: about 10 s on one core. The repaired model is written beside the sick one."""
     import torch
 
-    from statewright.diagnose.repair import repair
+    from statewright.diagnosis.repair import repair
 
     begin = _most(rest)
     search = torch.from_numpy(rest.tokens[begin : begin + _SEARCHED].astype("int32")).unsqueeze(0)

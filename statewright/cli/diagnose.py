@@ -40,7 +40,7 @@ def diagnose(model: str, text: str, policy: str | None, report: str | None, **op
     from rich.console import Console
 
     from statewright.cli.common import quiet_libraries
-    from statewright.diagnose.train_length import train_length_of
+    from statewright.diagnosis.train_length import train_length_of
     from statewright.models.tokenizers import saved_tokenizer
     from statewright.policies import build_policy
 
@@ -89,8 +89,8 @@ def load_model(model: str) -> Any:
 
 def _ids(text: str, tokenizer: Any, length: int | None, num_rows: int) -> Any:
     """(rows, length + 1): the last token is only predicted."""
-    from statewright.diagnose.diagnosis import rows_of
-    from statewright.diagnose.prompts import text_ids
+    from statewright.diagnosis.diagnosis import rows_of
+    from statewright.diagnosis.prompts import text_ids
 
     if num_rows < 1:
         raise ValueError(f"--rows {num_rows}: expected at least 1")
@@ -116,7 +116,7 @@ def _diagnose(
     name: str,
     progress: Any,
 ) -> Any:
-    from statewright.diagnose import diagnose as run
+    from statewright.diagnosis import diagnose as run
 
     return run(net, ids, train_length, tokenizer, prompts, policy, name, progress)
 
@@ -180,7 +180,7 @@ def show(console: Any, diagnosis: Any) -> None:
 def _prompts(diagnosis: Any) -> Any:
     from rich.table import Table
 
-    from statewright.diagnose.verdict import unforgetting
+    from statewright.diagnosis.verdict import unforgetting
 
     table = Table(title="prompts", title_justify="left")
     for column in ("prompt", "in window", "worst", "safe up to", "heads that do not forget"):

@@ -89,7 +89,7 @@ def eval_(
 
     from statewright.checks.load import load_any
     from statewright.cli.common import quiet_libraries
-    from statewright.evaluate import Plan, run_bytes, run_plan
+    from statewright.evaluation import Plan, run_bytes, run_plan
     from statewright.models.tokenizers import saved_tokenizer
 
     quiet_libraries()
@@ -138,7 +138,7 @@ def _byte_tables(results: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     from statewright.cli.common import human_bytes
-    from statewright.evaluate.equal_bytes import candidate_of
+    from statewright.evaluation.equal_bytes import candidate_of
 
     console = Console()
     missing = [r for r in results if "unreachable" in r]

@@ -35,9 +35,9 @@ def lm_eval(model: str, tasks: str, output: str | None, **options: Any) -> None:
     """Run lm-eval (extra `lm-eval`) with the policy applied in every call of the model."""
     from statewright.checks.load import load_any
     from statewright.cli.common import quiet_libraries
-    from statewright.evaluate import environment
-    from statewright.evaluate.context import build_bound
-    from statewright.evaluate.harness import Harness, run_harness
+    from statewright.evaluation import environment
+    from statewright.evaluation.context import build_bound
+    from statewright.evaluation.harness import Harness, run_harness
     from statewright.models.tokenizers import saved_tokenizer
 
     quiet_libraries()

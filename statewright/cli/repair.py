@@ -36,7 +36,7 @@ def repair(model: str, text: str, output_dir: str, **options: Any) -> None:
     passed on from segment to segment.
     """
     from statewright.cli.common import quiet_libraries
-    from statewright.diagnose.train_length import train_length_of
+    from statewright.diagnosis.train_length import train_length_of
     from statewright.models import load
     from statewright.models.tokenizers import saved_tokenizer
 
@@ -63,8 +63,8 @@ def repair(model: str, text: str, output_dir: str, **options: Any) -> None:
 
 def _texts(text: str, other: str | None, tokenizer: Any, length: int, rows: int) -> Any:
     """(rows, length + 1) to search on and to report on: halves of one text, or two texts."""
-    from statewright.diagnose.diagnosis import rows_of
-    from statewright.diagnose.prompts import text_ids
+    from statewright.diagnosis.diagnosis import rows_of
+    from statewright.diagnosis.prompts import text_ids
 
     most = _SPREAD * rows * (length + 1)
     tokens = text_ids(text, tokenizer, most)
@@ -80,7 +80,7 @@ def _texts(text: str, other: str | None, tokenizer: Any, length: int, rows: int)
 def _search(net: Any, search: Any, report: Any, train_length: int, only: str | None) -> Any:
     from rich.console import Console
 
-    from statewright.diagnose.repair import KINDS, repair
+    from statewright.diagnosis.repair import KINDS, repair
 
     kinds = KINDS if only is None else tuple(k.strip() for k in only.split(",") if k.strip())
     console = Console(stderr=True)
@@ -105,8 +105,8 @@ def _train(
     from rich.console import Console
 
     from statewright.cli.progress import TrainingBar
-    from statewright.diagnose.passing import pass_states, passing_config
-    from statewright.diagnose.repair import Repair, try_policy
+    from statewright.diagnosis.passing import pass_states, passing_config
+    from statewright.diagnosis.repair import Repair, try_policy
     from statewright.text_file import read_text
     from statewright.train.data import corpus_of
 
@@ -147,7 +147,7 @@ def _page(
     import warnings
 
     from statewright.cli.diagnose import as_record
-    from statewright.diagnose import diagnose
+    from statewright.diagnosis import diagnose
     from statewright.models import load
     from statewright.report.diagnosis import page
 

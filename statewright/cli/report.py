@@ -46,8 +46,8 @@ def trace(
     """
     from statewright.checks.load import load_any
     from statewright.cli.common import quiet_libraries
-    from statewright.diagnose.prompts import text_ids
-    from statewright.evaluate.measure import environment
+    from statewright.diagnosis.prompts import text_ids
+    from statewright.evaluation.measure import environment
     from statewright.models.tokenizers import saved_tokenizer
     from statewright.policies import build_policy
     from statewright.report.trace import trace as run

@@ -186,7 +186,7 @@ def _decoded(net: Any, policy: str | None, context: int, batch: int) -> dict[str
     """Tokens per second over all rows, and bytes held, once the budget is full."""
     import torch
 
-    from statewright.evaluate.decoding import decode
+    from statewright.evaluation.decoding import decode
     from statewright.policies import build_policy
 
     budget = getattr(build_policy(policy), "budget", context)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from statewright.diagnose.heads import carried_by_head, recurrent_states
+from statewright.diagnosis.heads import carried_by_head, recurrent_states
 from statewright.session import Session
 from statewright.state import KVState, ModelState
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from statewright.evaluate import ShortContext, build_bound, losses_into, short_context_losses
-from statewright.evaluate.decoding import decode
+from statewright.evaluation import ShortContext, build_bound, losses_into, short_context_losses
+from statewright.evaluation.decoding import decode
 from statewright.hf.bounded import BoundedCache
 from statewright.hf.sizing import bounded_sizes
 from statewright.policies import Eviction

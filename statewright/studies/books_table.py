@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from statewright.evaluate import paired
+from statewright.evaluation import paired
 from statewright.spec import split
 from statewright.studies.books import FEW, ROWS, mean_nats
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statewright.diagnose.diagnosis import rows_of
-from statewright.diagnose.repair import try_policy
-from statewright.evaluate import evaluate
+from statewright.diagnosis.diagnosis import rows_of
+from statewright.diagnosis.repair import try_policy
+from statewright.evaluation import evaluate
 from statewright.models import StatewrightForCausalLM
 from statewright.studies.capacity_keys import (
     answer_length,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from statewright.diagnose.controls import scale_decay
+from statewright.diagnosis.controls import scale_decay
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.state import MatrixState
 from statewright.studies.capacity_keys import tokenizer_of

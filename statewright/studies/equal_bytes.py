@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from statewright.evaluate import evaluate_batch, footprint
+from statewright.evaluation import evaluate_batch, footprint
 from statewright.models import StatewrightForCausalLM
 from statewright.models.resize import resize
 from statewright.studies.cells import Cell

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from statewright.evaluate.curves import Curve, standard_error
+from statewright.evaluation.curves import Curve, standard_error
 from statewright.studies.experiment import mean_and_deviation
 
 # task -> candidate -> size meant (None: as it is) -> points over seeds.

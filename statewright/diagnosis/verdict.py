@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from statewright.diagnose.reading import Bucket, Comparison, Reading
-from statewright.diagnose.remembrance import Remembrance, memory
+from statewright.diagnosis.reading import Bucket, Comparison, Reading
+from statewright.diagnosis.remembrance import Remembrance, memory
 
 HEALTHY = "healthy"
 COLLAPSE = "collapse (does not forget)"

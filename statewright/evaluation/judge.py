@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from statewright.evaluate.curves import standard_error
+from statewright.evaluation.curves import standard_error
 from statewright.tasks.base import encode
 
 LETTERS = ("A", "B", "C")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from statewright.evaluate.metrics import ROUGE, score
+from statewright.evaluation.metrics import ROUGE, score
 from statewright.models.tokenizers import saved_tokenizer
 from statewright.tasks import TASKS
 from statewright.token_text import text_of

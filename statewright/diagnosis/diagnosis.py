@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statewright.diagnose.prompts import PROMPTS, prompt_ids
-from statewright.diagnose.reading import Reading, read
-from statewright.diagnose.remembrance import Remembrance, remembrance
-from statewright.diagnose.schedule import Schedule, rows_at
-from statewright.diagnose.verdict import Verdict, judge, words
+from statewright.diagnosis.prompts import PROMPTS, prompt_ids
+from statewright.diagnosis.reading import Reading, read
+from statewright.diagnosis.remembrance import Remembrance, remembrance
+from statewright.diagnosis.schedule import Schedule, rows_at
+from statewright.diagnosis.verdict import Verdict, judge, words
 from statewright.hf.host import as_host
 from statewright.policies import Policy
 

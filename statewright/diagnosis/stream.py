@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statewright.diagnose.gates import GateReport
-from statewright.diagnose.heads import (
+from statewright.diagnosis.gates import GateReport
+from statewright.diagnosis.heads import (
     QUANTITIES,
     Histogram,
     carried_by_head,
@@ -20,9 +20,9 @@ from statewright.diagnose.heads import (
     recurrent_states,
     statistics,
 )
-from statewright.diagnose.runner import Runner
-from statewright.diagnose.schedule import PROBES_PER_OCTAVE, Call, Schedule
-from statewright.evaluate.losses import nats
+from statewright.diagnosis.runner import Runner
+from statewright.diagnosis.schedule import PROBES_PER_OCTAVE, Call, Schedule
+from statewright.evaluation.losses import nats
 from statewright.state import MatrixState, ModelState
 
 # A head this much quieter than its layer's loudest does not count as growing.

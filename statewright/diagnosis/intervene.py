@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from statewright.diagnose.heads import carried_by_head, recurrent_states
-from statewright.diagnose.runner import Runner
+from statewright.diagnosis.heads import carried_by_head, recurrent_states
+from statewright.diagnosis.runner import Runner
 from statewright.state import MatrixState, ModelState, State
 
 

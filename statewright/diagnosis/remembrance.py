@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statewright.diagnose.runner import Runner
+from statewright.diagnosis.runner import Runner
 from statewright.policies import Policy
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from statewright.evaluate.context import Bound, ShortContext, build_bound, short_context_losses
-from statewright.evaluate.losses import token_losses
-from statewright.evaluate.measure import footprint
+from statewright.evaluation.context import Bound, ShortContext, build_bound, short_context_losses
+from statewright.evaluation.losses import token_losses
+from statewright.evaluation.measure import footprint
 from statewright.hf.arguments import CACHE
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightForCausalLM

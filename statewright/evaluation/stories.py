@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from statewright.evaluate.metrics import Scores
+from statewright.evaluation.metrics import Scores
 
 NGRAMS = (1, 2, 3, 4)
 _REPEATED = 4

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from statewright.diagnose.heads import pooled
+from statewright.diagnosis.heads import pooled
 from statewright.policies import Chain, Policy, RecurrentPolicy, build_policy
 from statewright.policies.recurrent import Gates, Scan
 from statewright.state import State

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statewright.diagnose.runner import Runner
-from statewright.diagnose.schedule import Schedule, rows_at, schedule_for
-from statewright.evaluate.losses import nats
+from statewright.diagnosis.runner import Runner
+from statewright.diagnosis.schedule import Schedule, rows_at, schedule_for
+from statewright.evaluation.losses import nats
 from statewright.models.calibration import calibrate
 from statewright.policies import build_policy, policy_spec
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from statewright.cells import read_cells, write_json
-from statewright.evaluate.answers import call_options
-from statewright.evaluate.context import ShortContext, bound_spec, build_bound
-from statewright.evaluate.curves import Curve, standard_error
-from statewright.evaluate.grid import Candidate, Loader, Plan, run_bounds
-from statewright.evaluate.measure import a_few_ids, footprint
+from statewright.evaluation.answers import call_options
+from statewright.evaluation.context import ShortContext, bound_spec, build_bound
+from statewright.evaluation.curves import Curve, standard_error
+from statewright.evaluation.grid import Candidate, Loader, Plan, run_bounds
+from statewright.evaluation.measure import a_few_ids, footprint
 from statewright.models import StatewrightForCausalLM
 from statewright.models.resize import plan_resize, resize
 from statewright.policies import Eviction

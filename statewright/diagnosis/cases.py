@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statewright.diagnose.controls import Control, saved_control, scale_decay
-from statewright.diagnose.verdict import AMNESIA, COLLAPSE, HEALTHY, SHIFT, VERDICTS
+from statewright.diagnosis.controls import Control, saved_control, scale_decay
+from statewright.diagnosis.verdict import AMNESIA, COLLAPSE, HEALTHY, SHIFT, VERDICTS
 from statewright.train.data import Corpus
 
 Listener = Callable[[str, int, float], None]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from statewright.evaluate.decoding import held_bytes
+from statewright.evaluation.decoding import held_bytes
 from statewright.hf.arguments import cache_in
 from statewright.hf.bounded import BoundedCache, BoundedLayer
 from statewright.provenance import hardware, versions

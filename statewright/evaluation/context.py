@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from statewright import spec
-from statewright.evaluate.losses import token_losses
+from statewright.evaluation.losses import token_losses
 from statewright.policies import Policy, build_policy, policy_spec
 
 

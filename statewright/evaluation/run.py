@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from statewright.evaluate.answers import Answer, Manner, answers, takes_padding
-from statewright.evaluate.context import Bound, bound_spec, build_bound
-from statewright.evaluate.curves import (
+from statewright.evaluation.answers import Answer, Manner, answers, takes_padding
+from statewright.evaluation.context import Bound, bound_spec, build_bound
+from statewright.evaluation.curves import (
     Curve,
     bits_per_byte,
     loss_by_position,
     score_by_depth,
     standard_error,
 )
-from statewright.evaluate.losses import perplexity
-from statewright.evaluate.measure import Cost, metered
-from statewright.evaluate.metrics import Scores, score
-from statewright.evaluate.stories import story_scores
+from statewright.evaluation.losses import perplexity
+from statewright.evaluation.measure import Cost, metered
+from statewright.evaluation.metrics import Scores, score
+from statewright.evaluation.stories import story_scores
 from statewright.spec import format_spec
 from statewright.tasks import TASKS, Task, build_task
 from statewright.tasks.base import Batch

@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from statewright.cells import Cell
-from statewright.evaluate.judge import Verdicts, judge
-from statewright.evaluate.measure import metered
-from statewright.evaluate.run import Result, spec_of
+from statewright.evaluation.judge import Verdicts, judge
+from statewright.evaluation.measure import metered
+from statewright.evaluation.run import Result, spec_of
 from statewright.state_file import fingerprint
 from statewright.tasks import Batch, Task
 from statewright.token_text import text_of

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from statewright.cells import Cell, read_cells, run_cells
-from statewright.evaluate.context import bound_spec, build_bound
-from statewright.evaluate.judged import Judge
-from statewright.evaluate.measure import environment
-from statewright.evaluate.paired import paired
-from statewright.evaluate.run import check_positions, evaluate_batch, spec_of
+from statewright.evaluation.context import bound_spec, build_bound
+from statewright.evaluation.judged import Judge
+from statewright.evaluation.measure import environment
+from statewright.evaluation.paired import paired
+from statewright.evaluation.run import check_positions, evaluate_batch, spec_of
 from statewright.state_file import fingerprint
 from statewright.tasks import Batch, Task, build_task, digest
 

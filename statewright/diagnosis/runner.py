@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statewright.diagnose.gates import Recorder, linear_layers, watched
-from statewright.diagnose.schedule import LARGEST_LOGITS
-from statewright.evaluate.losses import nats
+from statewright.diagnosis.gates import Recorder, linear_layers, watched
+from statewright.diagnosis.schedule import LARGEST_LOGITS
+from statewright.evaluation.losses import nats
 from statewright.models import StatewrightForCausalLM
 from statewright.policies import Policy, build_policy
 from statewright.state import ModelState

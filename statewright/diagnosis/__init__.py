@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from statewright.diagnose.diagnosis import Diagnosis, diagnose
-from statewright.diagnose.reading import Reading, read
-from statewright.diagnose.remembrance import remembrance
-from statewright.diagnose.verdict import VERDICTS, Verdict, judge
+from statewright.diagnosis.diagnosis import Diagnosis, diagnose
+from statewright.diagnosis.reading import Reading, read
+from statewright.diagnosis.remembrance import remembrance
+from statewright.diagnosis.verdict import VERDICTS, Verdict, judge
 
 __all__ = [
     "VERDICTS",

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statewright.diagnose.intervene import retention_by_change
-from statewright.diagnose.runner import Runner
-from statewright.diagnose.schedule import Schedule, rows_at, schedule_for
-from statewright.diagnose.stream import Bucket, Layer, Stream, Typical
+from statewright.diagnosis.intervene import retention_by_change
+from statewright.diagnosis.runner import Runner
+from statewright.diagnosis.schedule import Schedule, rows_at, schedule_for
+from statewright.diagnosis.stream import Bucket, Layer, Stream, Typical
 from statewright.policies import Policy, policy_spec
 
 Advance = Callable[[int], None]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from statewright.evaluate.context import Bound, ShortContext, build_bound
+from statewright.evaluation.context import Bound, ShortContext, build_bound
 from statewright.hf.arguments import CACHE
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightForCausalLM
