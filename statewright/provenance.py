@@ -7,11 +7,17 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
+from statewright import __version__
+
 
 def versions(names: Iterable[str]) -> dict[str, str | None]:
-    """The installed version of each package, None for one that is not there."""
+    """The installed version of each package, None for one that is not there; ours as it runs."""
     found: dict[str, str | None] = {}
     for name in names:
+        if name == "statewright":
+            # The metadata of an editable installation are as old as the installation.
+            found[name] = __version__
+            continue
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
