@@ -23,13 +23,7 @@ from transformers import (
 from statewright.hf.host import ForeignModel, as_host
 from statewright.history import History, Snapshot
 from statewright.mixers import Attention, Mixer
-from statewright.policies import (
-    Policy,
-    build_policy,
-    eviction_of,
-    policy_spec,
-    recurrent_parts,
-)
+from statewright.policies import Policy, build_policy, eviction_of, policy_spec, recurrent_parts
 from statewright.shapes import require
 from statewright.state import State
 from statewright.state_file import StateFile, read_state_file, save_state
@@ -213,7 +207,7 @@ class Session:
         model = as_host(model)
         file = _read_file(path, model, policy, change_policy)
         options.setdefault("chunk", file.about.get("chunk", _CHUNK))
-        session = cls(model, file.policy, file.state, **options)
+        session = cls(model, file.policy if policy is None else policy, file.state, **options)
         session._logits = file.beside.get("logits")
         session._hash = RollingHash(file.state.batch_size, file.tokens_hash)
         session._position = file.about.get("position", int(file.state.seen.max()))
@@ -323,6 +317,10 @@ def _read_file(path: Any, model: Any, policy: Policy | str | None, change: bool)
     file = read_state_file(path, model, any_policy=True)
     made = file.policy or "none"
     wanted = made if policy is None else policy_spec(build_policy(policy))
+    try:
+        build_policy(made if policy is None else None)
+    except ValueError as error:
+        raise ValueError(f"{path}: made under --policy {made}: {error}") from error
     if wanted != made and not change:
         raise ValueError(
             f"{path}: made under policy {made}, not {wanted}; to go on all the same, change_policy "

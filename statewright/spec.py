@@ -11,7 +11,7 @@ import difflib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
@@ -26,8 +26,13 @@ def parse_int(text: str) -> int:
 
 
 def split(spec: str) -> tuple[str, dict[str, str]]:
-    """Split `"name:key=value:key=value"` into the name and its options, still strings."""
+    """Split `"name:key=value:key=value"` into the name and its options, still strings.
+
+    The name may be that of a class, "package.module:Class:key=value".
+    """
     name, *parts = spec.split(":")
+    if parts and "=" not in parts[0] and ("." in name or parts[0][:1].isupper()):
+        name = f"{name}:{parts.pop(0)}"
     options: dict[str, str] = {}
     for part in parts:
         key, equals, value = part.partition("=")
@@ -45,19 +50,37 @@ def build(spec: str, registry: Mapping[str, Callable], kind: str, *args: Any) ->
     `kind` names the registry in errors ("mixer"). Raises ValueError for an unknown name or
     option, or a value that the option's annotation does not accept, saying what is known.
     """
+    name, options = parse(spec, registry, kind)
+    return registry[name](*args, **options)
+
+
+def parse(spec: str, registry: Mapping[str, Callable], kind: str) -> tuple[str, dict[str, Any]]:
+    """The name and the typed options of a spec; raises as `build`, and builds nothing."""
     name, texts = split(spec)
     if name not in registry:
-        raise ValueError(f"unknown {kind} {name!r}{_hint(name, registry)}")
-    return registry[name](*args, **typed(texts, registry[name], f"{kind} {name!r}"))
+        why = (
+            "; its module is not imported, and files import none"
+            if ":" in name
+            else near(name, registry)
+        )
+        raise ValueError(f"unknown {kind} {name!r}{why}")
+    read = getattr(registry, "options", None)
+    known = options_of(registry[name]) if read is None else read(name)
+    return name, _typed(texts, known, f"{kind} {name!r}")
 
 
 def typed(texts: Mapping[str, str], entry: Callable, where: str) -> dict[str, Any]:
     """The options as the entry's annotations want them; ValueError for an unknown one."""
-    known = options_of(entry)
+    return _typed(texts, options_of(entry), where)
+
+
+def _typed(
+    texts: Mapping[str, str], known: Mapping[str, inspect.Parameter], where: str
+) -> dict[str, Any]:
     values = {}
     for key, text in texts.items():
         if key not in known:
-            raise ValueError(f"{where} has no option {key!r}{_hint(key, known)}")
+            raise ValueError(f"{where} has no option {key!r}{near(key, known)}")
         values[key] = _convert(text, known[key], f"{where}: {key}")
     return values
 
@@ -72,6 +95,13 @@ def options_of(entry: Callable) -> dict[str, inspect.Parameter]:
     hidden = {f.name for f in fields if not f.metadata.get("spec", True)}
     empty = inspect.Parameter.empty
     return {n: p for n, p in parameters.items() if p.default is not empty and n not in hidden}
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'tova'? (known: ...)`, for errors about a word that is none of the known."""
+    close = difflib.get_close_matches(word.strip(), known, n=1)
+    guess = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{guess} (known: {', '.join(sorted(known)) or 'none'})"
 
 
 def _convert(text: str, parameter: inspect.Parameter, where: str) -> Any:
@@ -108,12 +138,6 @@ def _name(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(map(repr, typing.get_args(kind)))
     return {int: "an integer", float: "a number", bool: "true or false"}.get(kind, kind.__name__)
-
-
-def _hint(word: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    guess = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{guess} (known: {', '.join(sorted(known)) or 'none'})"
 
 
 def format_spec(name: str, options: Mapping[str, Any], entry: Callable) -> str:

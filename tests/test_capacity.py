@@ -282,7 +282,7 @@ def test_size_plans(tmp_path, capsys) -> None:
     assert found["numbers"] == 8192 and found["estimates"][0]["source"] == "results, low-decay"
     assert main(["size", "--family", "llama", "--plan"]) != 0
     assert "no matrix state" in capsys.readouterr().err
-    assert main(["size", str(tmp_path / "m"), "--plan-from", "x.json"]) != 0
+    assert main(["size", str(tmp_path / "m"), "--plan-from", __file__]) != 0
     assert "--plan-from needs --plan" in capsys.readouterr().err
 
 

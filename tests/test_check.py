@@ -151,7 +151,9 @@ def test_bad_input_is_one_line(run, tmp_path) -> None:  # noqa: F811
     assert_refused(run("check", tmp_path), "no config.json")
     assert_refused(run("check", "--family", "llama", "--device", "nowhere"), "nowhere")
     assert_refused(run("size", "--family", "recurrent_gemma"), "returns no cache")
-    assert_refused(run("size", "--family", "llama", "--context", "0"), "context=0")
+    assert_refused(
+        run("size", "--family", "llama", "--context", "0"), "--context': 0, expected at least 1"
+    )
     remote = checkpoint(
         tmp_path / "a", model_type="newthing", auto_map={"AutoConfig": "code.Config"}
     )

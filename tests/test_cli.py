@@ -252,12 +252,12 @@ OPTIONS = {
     "choice": (["--schedule", "linear"], "'cosine'"),
     "range": (["--learning-rate", "-1"], "--learning-rate=-1.0, exp"),
     "zero": (["--num-lanes", "0"], ": --num-lanes=0"),
-    "width": (["--hidden-size", "0"], ": --hidden-size=0"),
+    "width": (["--hidden-size", "0"], "'--hidden-size': 0, expected at least 1"),
     "share": (["--valid-share", "1"], "valid-share"),
     "dropout": (["--dropout", "2"], "dropout"),
     "tokenizer": (["--tokenizer", "no-such"], "tokenizer"),
     "conv": (["--conv-kernel", "1"], "--conv-kernel=1"),
-    "resume": (["--resume", "--text", "x"], "leave out"),
+    "resume": (["--resume", "--text", __file__], "leave out"),
 }
 
 

@@ -17,6 +17,9 @@ FLOORS = {
     0: [
         "state",
         "spec",
+        "signatures",
+        "registry",
+        "catalog",
         "shapes",
         "names",
         "ragged",

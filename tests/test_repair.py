@@ -131,7 +131,7 @@ def test_state_passing_trains_and_publishes(tiny: Path, tmp_path: Path) -> None:
     "extra, message",
     [
         (["--length", "20"], "two training lengths"),
-        (["--only", "magic"], "some of forgetmore"),
+        (["--only", "magic"], "known: deltascale, forgetmore"),
         (["--train-length", "9000"], "two training lengths"),
     ],
 )

@@ -154,9 +154,10 @@ def test_shrink_on_a_text(tmp_path: Path, capsys) -> None:
     assert small.config.mixer == "mamba2:state_size=4:head_dim=16"
     assert small.init_state(1).nbytes < model.init_state(1).nbytes
     assert byte_tokenizer().get_vocab() == _tokenizer(out).get_vocab()
-    for bad, said in ((["--length", "1"], "length=1"), (["--rows", "99"], "rows of 64 need more")):
+    length, rows = (["--length", "1"], "expected at least 2"), (["--rows", "99"], "64 need more")
+    for code, (bad, said) in ((2, length), (1, rows)):
         again = [*argv, *bad, "--output-dir", str(tmp_path / "no")]
-        assert main(["resize", str(tmp_path / "base"), *again]) == 1
+        assert main(["resize", str(tmp_path / "base"), *again]) == code
         assert said in capsys.readouterr().err and not (tmp_path / "no").exists()
     assert main(["resize", str(tmp_path / "base"), "--key", "0.5x", "--output-dir", out + "2"]) == 2
     assert "--text" in capsys.readouterr().err

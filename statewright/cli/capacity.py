@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, PARALLEL, device_of, options_of
+from statewright.cli.common import PARALLEL, device_of, options_of
+from statewright.cli.types import POSITIVE, SEED, TEXT
 from statewright.studies.capacity_settings import SYSTEMS, CapacitySettings
 
 RECALL_LENGTHS = (256,)
@@ -45,7 +46,7 @@ _HELPS = {
 
 
 @click.command()
-@click.option("--text", type=click.Path(), help="Trained on, and read, as bytes; see --recall.")
+@click.option("--text", type=TEXT, help="Trained on, and read, as bytes; see --recall.")
 @click.option("--recall", is_flag=True, help="Keys alone, without a text; sets what is not given.")
 @click.option("--parallel", default="1", show_default=True, help=PARALLEL)
 @click.option("--output", required=True, type=click.Path(), help="The JSON file; resumed.")
@@ -62,12 +63,12 @@ _HELPS = {
     "--length",
     "lengths",
     multiple=True,
-    type=COUNT,
+    type=POSITIVE,
     default=[128, 256, 512, 1024],
     show_default=True,
     help="Training length, a power of two; repeat.",
 )
-@click.option("--seed", multiple=True, type=int, default=[0], show_default=True)
+@click.option("--seed", multiple=True, type=SEED, default=[0], show_default=True)
 @click.option(
     "--system",
     multiple=True,

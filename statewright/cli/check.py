@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import MODEL
+from statewright.cli.types import FAMILY, MODEL
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 _STYLES = {"ok": "green", "WRONG": "bold red", "raises": "yellow", "not supported": "dim"}
@@ -18,7 +18,9 @@ _STYLES = {"ok": "green", "WRONG": "bold red", "raises": "yellow", "not supporte
 
 @click.command()
 @click.argument("model", required=False, type=MODEL)
-@click.option("--family", help="Check a tiny random model of this family (see docs/check.md).")
+@click.option(
+    "--family", type=FAMILY, help="Check a tiny random model of this family (see docs/check.md)."
+)
 @click.option("--all", "every", is_flag=True, help="Check a tiny model of every known family.")
 @click.option("--only", help="Only these checks, comma-separated.")
 @click.option(

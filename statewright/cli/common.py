@@ -10,70 +10,11 @@ from typing import Any
 
 import click
 
+from statewright.cli.types import COUNT, POLICY, SEED
 
-class Count(click.ParamType):
-    """An integer; 64k is 65,536."""
+# Fields that mean the same wherever they stand.
+_TYPES = {"policy": POLICY, "seed": SEED}
 
-    name = "count"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from statewright.spec import parse_int
-
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_int(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a count such as 512 or 64k", param, ctx)
-
-
-COUNT = Count()
-
-
-class Bytes(click.ParamType):
-    """A number of bytes: 512MiB, 32GiB, 16GB or a plain integer."""
-
-    name = "bytes"
-    _units = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().lower())
-        if found is None or found[2] not in self._units:
-            self.fail(f"{value!r} is not a size such as 512MiB or 32GiB", param, ctx)
-        return int(float(found[1]) * self._units[found[2]])
-
-
-BYTES = Bytes()
-
-
-class Sizes(Bytes):
-    """Several numbers of bytes, with commas between: 64KiB,1MiB."""
-
-    name = "sizes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        return tuple(super(Sizes, self).convert(one, param, ctx) for one in value.split(","))
-
-
-SIZES = Sizes()
-
-
-class Model(click.ParamType):
-    """A directory, an id, or a name of `hf.pretrained`, which becomes its directory."""
-
-    name = "model"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from statewright.hf.pretrained import locate
-
-        return str(locate(value))
-
-
-MODEL = Model()
 PARALLEL = "Processes that share the cells; ray, or ray://host:port of a cluster."
 
 
@@ -106,7 +47,8 @@ def options_of(config: type, helps: dict[str, str]) -> Callable:
     def decorate(command: Callable) -> Callable:
         for name, text in reversed(helps.items()):
             hint = hints[name]
-            kind: Any = {int: COUNT, float: float, str: str, bool: bool}.get(hint)
+            plain: Any = {int: COUNT, float: float, str: str, bool: bool}.get(hint)
+            kind = _TYPES.get(name, plain)
             if kind is None:
                 kind = click.Choice(typing.get_args(hint))
             command = click.option(

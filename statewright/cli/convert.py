@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from statewright.cli.common import MODEL
+from statewright.cli.types import MODEL
 
 
 @click.command()

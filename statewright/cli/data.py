@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 
 import click
 
-from statewright.cli.common import COUNT
+from statewright.cli.types import COUNT, TEXT, TOKENIZER
 
 
 @click.command()
-@click.argument("text", nargs=-1, type=click.Path())
+@click.argument("text", nargs=-1, type=TEXT)
 @click.option("--dataset", help="Hugging Face dataset (id or id:config), or a jsonl/parquet file.")
 @click.option("--split", default="train", show_default=True, help="Part of the dataset.")
 @click.option("--column", default="text", show_default=True, help="Its column of text.")
@@ -22,6 +22,7 @@ from statewright.cli.common import COUNT
 )
 @click.option(
     "--tokenizer",
+    type=TOKENIZER,
     default="bytes",
     show_default=True,
     help="bytes, or any Hugging Face tokenizer (path or id).",

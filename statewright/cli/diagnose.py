@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, MODEL
+from statewright.cli.types import COUNT, MODEL, POLICY, POSITIVE, TEXT, Names
 
 _STYLES = {"healthy": "green", "collapse": "bold red", "amnesia": "bold red", "data": "yellow"}
 _DEFAULT_LENGTH = 64 * 1024
@@ -18,17 +18,22 @@ _DEFAULT_LENGTH = 64 * 1024
 
 @click.command()
 @click.argument("model", type=MODEL)
-@click.option("--text", required=True, type=click.Path(), help="A text the model should know.")
+@click.option("--text", required=True, type=TEXT, help="A text the model should know.")
 @click.option("--length", type=COUNT, help="Tokens to read [default: 64k, or the whole text].")
 @click.option("--train-length", type=COUNT, help="Tokens of one training text, if not recorded.")
-@click.option("--rows", type=COUNT, default=1, show_default=True, help="Places read side by side.")
+@click.option(
+    "--rows", type=POSITIVE, default=1, show_default=True, help="Places read side by side."
+)
 @click.option(
     "--prompts",
+    type=Names("statewright.diagnosis.prompts:PROMPTS", "prompt", several=True),
     default="text,newlines,random,passkey",
     show_default=True,
     help="What to read; the text decides, the others are witnesses.",
 )
-@click.option("--policy", help="Read again under this policy, e.g. forgetmore:decay=0.99.")
+@click.option(
+    "--policy", type=POLICY, help="Read again under this policy, e.g. forgetmore:decay=0.99."
+)
 @click.option("--report", type=click.Path(), help="Write one self-contained page to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def diagnose(model: str, text: str, policy: str | None, report: str | None, **options: Any) -> None:
@@ -45,7 +50,7 @@ def diagnose(model: str, text: str, policy: str | None, report: str | None, **op
     from statewright.policies import build_policy
 
     quiet_libraries()
-    build_policy(policy)  # a mistyped one is refused before anything is loaded
+    build_policy(policy)  # a wrong one is refused before anything is loaded
     prompts = [name.strip() for name in options["prompts"].split(",") if name.strip()]
     net = load_model(model)
     train_length = train_length_of(options["train_length"], net.config, model)
@@ -92,8 +97,6 @@ def _ids(text: str, tokenizer: Any, length: int | None, num_rows: int) -> Any:
     from statewright.diagnosis.diagnosis import rows_of
     from statewright.diagnosis.prompts import text_ids
 
-    if num_rows < 1:
-        raise ValueError(f"--rows {num_rows}: expected at least 1")
     wanted = (length or _DEFAULT_LENGTH) + 1
     tokens = text_ids(text, tokenizer, wanted if num_rows == 1 else None)
     if length is None:

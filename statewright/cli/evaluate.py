@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, MODEL, SIZES
+from statewright.cli.types import BOUND, MODEL, POSITIVE, SEED, SIZES, TASK
 from statewright.names import short_names
 
 _MOST_COLUMNS = 5
@@ -19,19 +19,21 @@ _MOST_COLUMNS = 5
 @click.option(
     "--task",
     "tasks",
+    type=TASK,
     multiple=True,
     required=True,
     help="Task spec, e.g. passkey:length=4k; repeatable.",
 )
 @click.option(
     "--policy",
+    type=BOUND,
     multiple=True,
     help="Policy spec, e.g. tova:budget=512, or context:length=512, the whole model on contexts "
     "that short; repeatable.",
 )
-@click.option("-n", "--num-samples", type=COUNT, default=20, show_default=True)
+@click.option("-n", "--num-samples", type=POSITIVE, default=20, show_default=True)
 @click.option(
-    "--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="Repeatable."
+    "--seed", "seeds", type=SEED, multiple=True, default=(0,), show_default=True, help="Repeatable."
 )
 @click.option("--prefill", default="exact", show_default=True, help="exact, chunk:c or dense.")
 @click.option(

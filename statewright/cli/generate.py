@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, MODEL
+from statewright.cli.types import COUNT, MODEL, POLICY, POSITIVE, SEED, TEXT, Number
 
 
 def _text(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -24,23 +24,28 @@ def _text(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.command()
 @click.argument("model", type=MODEL)
 @click.option("--prompt", callback=_text, help="Text to continue.")
-@click.option("--prompt-file", type=click.Path(), help="A text file of any length, read first.")
+@click.option("--prompt-file", type=TEXT, help="A text file of any length, read first.")
 @click.option(
     "--policy",
+    type=POLICY,
     help="Bound the state, e.g. tova:budget=512 or window:budget=1MiB:sinks=4; none lifts the "
     "config's [default: the state file's, else the config's].",
 )
-@click.option("--load-state", type=click.Path(), help="Continue from a state file.")
+@click.option("--load-state", type=TEXT, help="Continue from a state file.")
 @click.option("--change-policy", is_flag=True, help="Let --policy replace the state file's.")
 @click.option("--save-state", type=click.Path(), help="Write the state at the end.")
 @click.option("--max-new-tokens", type=COUNT, default=200, show_default=True, help="0: only read.")
-@click.option("--temperature", default=0.8, show_default=True, help="0: greedy.")
-@click.option("--top-k", type=COUNT, help="Sample among the k likeliest tokens.")
-@click.option("--top-p", type=float, help="Sample among the likeliest tokens of this mass.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--temperature", type=Number(0), default=0.8, show_default=True, help="0: greedy.")
+@click.option("--top-k", type=POSITIVE, help="Sample among the k likeliest tokens.")
+@click.option(
+    "--top-p",
+    type=Number(0, 1, above=True),
+    help="Sample among the likeliest tokens of this mass.",
+)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option(
     "--chunk",
-    type=COUNT,
+    type=POSITIVE,
     default=1024,
     show_default=True,
     help="Tokens per call while reading; the split points of a state file.",
@@ -77,7 +82,6 @@ def generate(model: str, prompt: str | None, prompt_file: str | None, **options:
 
 def _load(path: str) -> tuple[Any, Any]:
     """The model, ours wherever we can read it and else as transformers runs it, and tokenizer."""
-    from statewright.hf.hub import require_reachable
     from statewright.hf.loading import load_causal_lm
     from statewright.models import load
     from statewright.models.convert import FAMILIES
@@ -85,7 +89,6 @@ def _load(path: str) -> tuple[Any, Any]:
     from statewright.models.tokenizers import load_tokenizer, saved_tokenizer
 
     if not Path(path).is_dir():
-        require_reachable(path)
         return load_causal_lm(path), load_tokenizer(path)
     raw = read_config(Path(path))
     # A damaged config of a family that we know is refused here; transformers would fill it up with

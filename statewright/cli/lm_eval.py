@@ -7,12 +7,14 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, MODEL
+from statewright.cli.types import BOUND, COUNT, MODEL, POSITIVE
 
 
 @click.command("lm-eval")
 @click.option("--model", type=MODEL, required=True, help="A directory, an id or smollm2-135m.")
-@click.option("--policy", default="none", show_default=True, help="E.g. tova:budget=512.")
+@click.option(
+    "--policy", type=BOUND, default="none", show_default=True, help="E.g. tova:budget=512."
+)
 @click.option(
     "--tasks",
     required=True,
@@ -21,7 +23,7 @@ from statewright.cli.common import COUNT, MODEL
 @click.option("--prefill", default="exact", show_default=True, help="exact, chunk:c or dense.")
 @click.option("--num-fewshot", type=COUNT, help="Examples in the prompt; the task's own otherwise.")
 @click.option("--limit", type=COUNT, help="Samples per task; all otherwise.")
-@click.option("--batch-size", type=COUNT, default=1, show_default=True)
+@click.option("--batch-size", type=POSITIVE, default=1, show_default=True)
 @click.option("--max-length", type=COUNT, help="Tokens of context that are kept.")
 @click.option("--include-path", type=click.Path(exists=True), help="More task YAML files.")
 @click.option(

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from statewright.cli.common import human_bytes
+from statewright.cli.types import SEED, TEXT, Number
 
 _OURS = ".quickstart"
 # A Transformer that people know, a page of text for it, and a budget that the page outgrows.
@@ -17,10 +18,16 @@ _TRANSFORMER, _PAGE, _POLICY = "smollm2-135m", 320, "tova:budget=64"
 
 
 @click.command()
-@click.option("--text", type=click.Path(), help="Any text file [default: Python's own manual].")
+@click.option("--text", type=TEXT, help="Any text file [default: Python's own manual].")
 @click.option("--output-dir", type=click.Path(), default="runs/quickstart", show_default=True)
-@click.option("--seconds", type=float, default=60.0, show_default=True, help="About this long.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seconds",
+    type=Number(0, above=True),
+    default=60.0,
+    show_default=True,
+    help="About this long.",
+)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 def quickstart(text: str | None, output_dir: str, seconds: float, seed: int) -> None:
     """Train a small recurrent LM on real text, write, read on in constant memory, go back.
 

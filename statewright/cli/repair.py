@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, MODEL
+from statewright.cli.types import COUNT, MODEL, POSITIVE, TEXT, Names, Number
 
 _DEFAULT_LENGTHS = 128
 # Rows stand in the first so many times the tokens that they read; the rest is not tokenised.
@@ -17,15 +17,27 @@ _SPREAD = 8
 
 @click.command()
 @click.argument("model", type=MODEL)
-@click.option("--text", required=True, type=click.Path(), help="To search on (and train on).")
-@click.option("--report-text", type=click.Path(), help="To report on [default: end of --text].")
+@click.option("--text", required=True, type=TEXT, help="To search on (and train on).")
+@click.option("--report-text", type=TEXT, help="To report on [default: end of --text].")
 @click.option("--output-dir", required=True, type=click.Path(), help="Where the result goes.")
 @click.option("--length", type=COUNT, help="Tokens per row [default: 128 training lengths].")
-@click.option("--rows", type=COUNT, default=4, show_default=True, help="Places read side by side.")
+@click.option(
+    "--rows", type=POSITIVE, default=4, show_default=True, help="Places read side by side."
+)
 @click.option("--train-length", type=COUNT, help="Tokens of one training text, if not recorded.")
-@click.option("--only", help="forgetmore,statenorm,statewindow,deltascale: some of them.")
+@click.option(
+    "--only",
+    type=Names("statewright.diagnosis.repair:KINDS", "policy", several=True),
+    help="forgetmore,statenorm,statewindow,deltascale: some of them.",
+)
 @click.option("--train", "num_steps", type=COUNT, help="Instead: so many steps of state passing.")
-@click.option("--learning-rate", type=float, default=2e-3, show_default=True, help="With --train.")
+@click.option(
+    "--learning-rate",
+    type=Number(0, above=True),
+    default=2e-3,
+    show_default=True,
+    help="With --train.",
+)
 @click.option("--report", type=click.Path(), help="Write one page, before and after.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def repair(model: str, text: str, output_dir: str, **options: Any) -> None:

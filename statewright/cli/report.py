@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, MODEL
+from statewright.cli.types import COUNT, MODEL, POLICY, TEXT, Count
 
 
 @click.command()
-@click.argument("results", nargs=-1, required=True, type=click.Path(dir_okay=False))
+@click.argument("results", nargs=-1, required=True, type=TEXT)
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="The page (HTML).")
 @click.option("--title", help="Its title [default: what the files hold].")
 def report(results: tuple[str, ...], out: str, title: str | None) -> None:
@@ -32,9 +32,11 @@ def report(results: tuple[str, ...], out: str, title: str | None) -> None:
 
 @click.command()
 @click.argument("model", type=MODEL)
-@click.option("--text", required=True, type=click.Path(), help="What is read.")
-@click.option("--policy", "policies", multiple=True, help="e.g. tova:budget=64; repeatable.")
-@click.option("--length", type=COUNT, default=512, show_default=True, help="Tokens to read.")
+@click.option("--text", required=True, type=TEXT, help="What is read.")
+@click.option(
+    "--policy", "policies", type=POLICY, multiple=True, help="e.g. tova:budget=64; repeatable."
+)
+@click.option("--length", type=Count(2), default=512, show_default=True, help="Tokens to read.")
 @click.option("--every", type=COUNT, default=0, help="Tokens between looks [default: 64 looks].")
 @click.option("--output", required=True, type=click.Path(dir_okay=False), help="Results (JSON).")
 def trace(
@@ -55,9 +57,7 @@ def trace(
 
     quiet_libraries()
     for policy in policies:
-        build_policy(policy)  # a mistyped one is refused before anything is loaded
-    if length < 2:
-        raise ValueError(f"length={length}, expected at least 2 tokens")
+        build_policy(policy)  # a wrong one is refused before anything is loaded
     net, tokenizer = load_any(model), saved_tokenizer(model)
     ids = text_ids(text, tokenizer, length).long()
     tokens = token_labels(tokenizer, ids)

@@ -8,21 +8,26 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, human_bytes
+from statewright.cli.common import human_bytes
+from statewright.cli.types import MODEL, POSITIVE, SEED, TEXT, Count
 
 
 @click.command()
-@click.argument("model", type=click.Path())
+@click.argument("model", type=MODEL)
 @click.option("--key", default="4x", show_default=True, help="Factor: 4x, 0.5x; all: GLA's heads.")
 @click.option("--heads", help="Instead: the share of GLA's heads to keep, e.g. 0.5x.")
 @click.option(
     "--layers", default="every:6", show_default=True, help="all, every:6, last:4, 0,6,12."
 )
 @click.option("--init", default="zero", show_default=True, help="How what is new starts.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is new.")
-@click.option("--text", type=click.Path(), help="To shrink: a text that says which keys matter.")
-@click.option("--length", type=COUNT, default=512, show_default=True, help="Tokens per row of it.")
-@click.option("--rows", type=COUNT, default=8, show_default=True, help="Rows of it that are read.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of what is new.")
+@click.option("--text", type=TEXT, help="To shrink: a text that says which keys matter.")
+@click.option(
+    "--length", type=Count(2), default=512, show_default=True, help="Tokens per row of it."
+)
+@click.option(
+    "--rows", type=POSITIVE, default=8, show_default=True, help="Rows of it that are read."
+)
 @click.option("--output-dir", type=click.Path(), help="Where the new model is written.")
 @click.option("--dry-run", is_flag=True, help="Only say what would change; config.json suffices.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
@@ -81,8 +86,6 @@ def _shrink(source: Path, directory: Path, plan: Any, options: dict[str, Any]) -
     if not options["text"]:
         raise click.UsageError("a factor below 1 needs --text, which says what matters")
     length, rows = options["length"], options["rows"]
-    if length < 2 or rows < 1:
-        raise ValueError(f"resize: length={length}, rows={rows}, expected at least 2 and 1")
     corpus = corpus_of([read_text(options["text"])], saved_tokenizer(source))
     if corpus.num_tokens < length * rows:
         raise ValueError(

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, Verbs, options_of
+from statewright.cli.common import Verbs, options_of
+from statewright.cli.types import COUNT, MODEL, SEED, TEXT
 from statewright.studies.rl.scores import name_of, task_of
 from statewright.studies.rl.settings import CollectSettings, DecisionSettings, EvaluateSettings
 
-_RESULTS = click.argument("results", type=click.Path())
+_RESULTS = click.argument("results", type=TEXT)
 
 
 @click.group(cls=Verbs)
@@ -70,7 +71,7 @@ def collect(task: str, root: str, **chosen: Any) -> None:
 @click.option("--name", help="Such as hopper-medium [default: read off --data].")
 @click.option("--output", required=True, type=click.Path(), help="The JSON file of results.")
 @click.option("--system", multiple=True, help="e.g. mingru/3: a name and a depth; repeat.")
-@click.option("--seed", multiple=True, type=int, default=[0, 1, 2, 3, 4], show_default=True)
+@click.option("--seed", multiple=True, type=SEED, default=[0, 1, 2, 3, 4], show_default=True)
 @click.option("--paper", is_flag=True, help="The paper's sizes, where not said otherwise.")
 @click.option("--device", default="cpu", show_default=True)
 @options_of(
@@ -135,18 +136,18 @@ def evaluate(results: str, system: tuple[str, ...], device: str, **chosen: Any) 
 
 
 @rl.command()
-@click.argument("results", nargs=-1, required=True, type=click.Path())
+@click.argument("results", nargs=-1, required=True, type=TEXT)
 def table(results: tuple[str, ...]) -> None:
     """Scores of one or more RESULTS beside the paper's."""
     _show(results)
 
 
 @rl.command()
-@click.argument("model", type=click.Path())
+@click.argument("model", type=MODEL)
 @click.argument("film", type=click.Path())
 @click.option("--frames", type=COUNT, default=300, show_default=True, help="At most.")
 @click.option("--target-return", type=float, default=0.0, help="0: the best of its data.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the environment.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the environment.")
 def render(model: str, film: str, frames: int, target_return: float, seed: int) -> None:
     """Let a stored MODEL act and write the FILM, a .gif or .mp4."""
     from statewright.studies.rl.environments import check_film, write_film

@@ -9,15 +9,18 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import BYTES, COUNT, MODEL, human_bytes
+from statewright.cli.common import human_bytes
+from statewright.cli.types import BYTES, FAMILY, MODEL, POLICY, POSITIVE, TEXT
 
 
 @click.command()
 @click.argument("model", required=False, type=MODEL)
-@click.option("--family", help="A tiny model of this family instead of MODEL.")
-@click.option("--context", type=COUNT, default=32 * 1024, show_default=True, help="Tokens read.")
-@click.option("--batch", type=COUNT, default=1, show_default=True, help="Rows.")
-@click.option("--policy", multiple=True, help="Bounds, e.g. tova:budget=512; repeatable.")
+@click.option("--family", type=FAMILY, help="A tiny model of this family instead of MODEL.")
+@click.option("--context", type=POSITIVE, default=32 * 1024, show_default=True, help="Tokens read.")
+@click.option("--batch", type=POSITIVE, default=1, show_default=True, help="Rows.")
+@click.option(
+    "--policy", type=POLICY, multiple=True, help="Bounds, e.g. tova:budget=512; repeatable."
+)
 @click.option("--memory", type=BYTES, help="With --policy: the largest batch, e.g. in 32GiB.")
 @click.option(
     "--measure",
@@ -26,7 +29,7 @@ from statewright.cli.common import BYTES, COUNT, MODEL, human_bytes
     help="Read that many tokens: peak memory. With --policy: decode, full, and time it.",
 )
 @click.option("--plan", is_flag=True, help="Length to train on, and to recall from, by its size.")
-@click.option("--plan-from", type=click.Path(), help="With --plan: a file of `capacity`.")
+@click.option("--plan-from", type=TEXT, help="With --plan: a file of `capacity`.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def size(model: str | None, family: str | None, as_json: bool, **options: Any) -> None:
@@ -42,8 +45,6 @@ def size(model: str | None, family: str | None, as_json: bool, **options: Any) -
     if (model is None) == (family is None):
         raise click.UsageError("give exactly one of MODEL and --family")
     context, batch = options["context"], options["batch"]
-    if context < 1 or batch < 1:
-        raise ValueError(f"size: context={context}, batch={batch}, expected at least 1")
     quiet_libraries()
     if options["plan"] or options["plan_from"]:
         _plan(model, family, options, as_json)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from statewright.cli.types import TEXT
+
 
 @click.group(no_args_is_help=False)
 def state() -> None:
@@ -11,7 +13,7 @@ def state() -> None:
 
 
 @state.command()
-@click.argument("file", type=click.Path())
+@click.argument("file", type=TEXT)
 def show(file: str) -> None:
     """Show what FILE holds: whose state, tokens seen, every tensor with axes and bytes."""
     from rich.console import Console
@@ -48,8 +50,8 @@ def show(file: str) -> None:
 
 
 @state.command()
-@click.argument("first", type=click.Path())
-@click.argument("second", type=click.Path())
+@click.argument("first", type=TEXT)
+@click.argument("second", type=TEXT)
 @click.pass_context
 def diff(ctx: click.Context, first: str, second: str) -> None:
     """Compare two state files tensor by tensor; exit code 1 if they differ."""

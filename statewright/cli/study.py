@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import PARALLEL, SIZES, device_of, options_of
+from statewright.cli.common import PARALLEL, device_of, options_of
 from statewright.cli.rl import rl
+from statewright.cli.types import POLICY, SEED, SIZES, TEXT, Names
 from statewright.studies.equal_bytes_settings import TASKS, EqualBytesSettings
 from statewright.studies.settings import (
     CharLMSettings,
@@ -53,7 +54,7 @@ def _common(command: Callable) -> Callable:
         click.option("--output", required=True, type=click.Path(), help="The JSON file."),
         click.option("--figure", type=click.Path(), help="Also draw it: .png, .svg or .pdf."),
         click.option("--system", multiple=True, help="e.g. mingru/3: a name and a depth; repeat."),
-        click.option("--seed", multiple=True, type=int, default=[0], show_default=True),
+        click.option("--seed", multiple=True, type=SEED, default=[0], show_default=True),
         click.option("--paper", is_flag=True, help="The paper's sizes, where not said otherwise."),
         click.option("--device", default="cpu", show_default=True),
         click.option("--parallel", default="1", show_default=True, help=PARALLEL),
@@ -146,7 +147,7 @@ def selective_copy(**chosen: Any) -> None:
 
 @study.command("char-lm")
 @_common
-@click.option("--text", required=True, type=click.Path(), help="The text; Tiny Shakespeare.")
+@click.option("--text", required=True, type=TEXT, help="The text; Tiny Shakespeare.")
 @options_of(
     CharLMSettings,
     {
@@ -163,7 +164,12 @@ def char_lm(text: str, **chosen: Any) -> None:
 
 @study.command("chomsky")
 @_common
-@click.option("--task", multiple=True, help="e.g. even-pairs; repeat [default: all six].")
+@click.option(
+    "--task",
+    type=Names("statewright.tasks.chomsky:CHOMSKY", "task"),
+    multiple=True,
+    help="e.g. even-pairs; repeat [default: all six].",
+)
 @options_of(ChomskySettings, {"train_length": "Longest word to train on.", **_TRAINING})
 def chomsky(task: tuple[str, ...], **chosen: Any) -> None:
     """Tasks of the Chomsky hierarchy: trained on short words, tested on long ones."""
@@ -201,7 +207,9 @@ def train_cost(**chosen: Any) -> None:
 @_common
 @click.option("--task", multiple=True, type=click.Choice(TASKS), help="[default: mqar, copying]")
 @click.option("--bytes", "sizes", type=SIZES, help="E.g. 4KiB,16KiB [default: 4 to 32 KiB].")
-@click.option("--policy", "policies", multiple=True, help="Without a budget, e.g. tova; repeat.")
+@click.option(
+    "--policy", "policies", type=POLICY, multiple=True, help="Without a budget, e.g. tova; repeat."
+)
 @options_of(
     EqualBytesSettings,
     {
@@ -224,7 +232,7 @@ def equal_bytes(task: tuple[str, ...], **chosen: Any) -> None:
 
 
 @study.command("figure")
-@click.argument("results", type=click.Path())
+@click.argument("results", type=TEXT)
 @click.argument("figure", type=click.Path())
 def figure_(results: str, figure: str) -> None:
     """Draw the FIGURE of a study from its RESULTS, and from nothing else."""

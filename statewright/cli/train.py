@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import COUNT, MODEL, options_of
+from statewright.cli.common import options_of
 from statewright.cli.presets import preset_option
+from statewright.cli.types import COUNT, MIXER, MODEL, POSITIVE, TEXT, TOKENIZER
 from statewright.train.config import TrainConfig
 
 _HELPS = {
@@ -49,24 +50,25 @@ _HELD_OUT = 1_000_000
 
 
 @click.command()
-@click.option("--text", multiple=True, type=click.Path(), help="A text file; repeat for more.")
+@click.option("--text", multiple=True, type=TEXT, help="A text file; repeat for more.")
 @click.option("--data", multiple=True, help="Made by statewright data; DIR=2 weighs it twice.")
 @click.option("--model", type=MODEL, help="Go on from this model, instead of afresh.")
 @click.option("--device", default="cpu", show_default=True, help="cuda: one GPU per process.")
 @click.option("--output-dir", required=True, type=click.Path(), help="Where the run is written.")
 @click.option("--resume", is_flag=True, help="Continue the run in --output-dir, exactly.")
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events.")
-@click.option("--valid-text", type=click.Path(), help="Held-out text [default: end of --text].")
+@click.option("--valid-text", type=TEXT, help="Held-out text [default: end of --text].")
 @click.option("--valid-share", default=0.1, show_default=True, help="Share of --text held out.")
 @click.option(
     "--mixer",
+    type=MIXER,
     multiple=True,
     default=["mingru"],
     show_default=True,
     help="Mixer spec; repeat to cycle over the layers (see statewright list).",
 )
-@click.option("--hidden-size", type=COUNT, default=256, show_default=True, help="Width.")
-@click.option("--num-layers", type=COUNT, default=4, show_default=True, help="Depth.")
+@click.option("--hidden-size", type=POSITIVE, default=256, show_default=True, help="Width.")
+@click.option("--num-layers", type=POSITIVE, default=4, show_default=True, help="Depth.")
 @click.option("--conv-kernel", type=COUNT, default=4, show_default=True, help="0: none.")
 @click.option("--mlp-ratio", default=4.0, show_default=True, help="MLP width / width; 0: none.")
 @click.option(
@@ -75,6 +77,7 @@ _HELD_OUT = 1_000_000
 @click.option("--dropout", default=0.0, show_default=True)
 @click.option(
     "--tokenizer",
+    type=TOKENIZER,
     default="bytes",
     show_default=True,
     help="bytes, characters, or any Hugging Face tokenizer (path or id).",
@@ -89,9 +92,8 @@ def train(ctx: click.Context, output_dir: str, **options: Any) -> None:
     text: the state is carried from step to step and reset where a document begins. Under
     torchrun, several processes share a step.
     """
-    from statewright.train.distributed import joined
-
     directory, given = Path(output_dir), bool(options["text"]) + bool(options["data"])
+    config = TrainConfig(**{name: options[name] for name in _HELPS})
     if options["resume"]:
         _refuse_other_options(ctx)
     elif given != 1:
@@ -101,12 +103,17 @@ def train(ctx: click.Context, output_dir: str, **options: Any) -> None:
             f"{directory} already holds a run: --resume continues it, "
             "another --output-dir starts afresh"
         )
+    if not 0 <= options["valid_share"] < 1:
+        raise ValueError(f"valid-share={options['valid_share']}, expected a share below 1")
+    # Not before: it loads torch, and what is wrong above is said at once.
+    from statewright.train.distributed import joined
+
     with joined():
         if options["resume"]:
             changed = {name: options[name] for name in _CHANGEABLE if _is_given(ctx, name)}
             run = _resumed(directory, options, changed)
         else:
-            run = _fresh(directory, options)
+            run = _fresh(directory, config, options)
         _train(run, options["tensorboard"])
 
 
@@ -151,15 +158,12 @@ def _train(run: Any, tensorboard: bool) -> None:
     click.echo(f"model: {run.directory}")
 
 
-def _fresh(directory: Path, options: dict[str, Any]) -> Any:
+def _fresh(directory: Path, config: TrainConfig, options: dict[str, Any]) -> Any:
     from statewright.cli.common import quiet_libraries
     from statewright.models import load
     from statewright.models.tokenizers import saved_tokenizer
 
     quiet_libraries()
-    config = TrainConfig(**{name: options[name] for name in _HELPS})
-    if not 0 <= options["valid_share"] < 1:
-        raise ValueError(f"valid-share={options['valid_share']}, expected a share below 1")
     valid_text = options["valid_text"]
     about = {
         "text": [str(Path(path).resolve()) for path in options["text"]],

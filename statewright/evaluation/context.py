@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from statewright import spec
+from statewright.catalog import BOUNDS
 from statewright.evaluation.losses import token_losses
 from statewright.policies import Policy, build_policy, policy_spec
 
@@ -36,7 +37,7 @@ def build_bound(text: str | Bound) -> Bound:
     if isinstance(text, ShortContext):
         return text
     if isinstance(text, str) and spec.split(text)[0] == "context":
-        return spec.build(text, {"context": ShortContext}, "policy")
+        return spec.build(text, BOUNDS, "policy")
     return build_policy(text)
 
 

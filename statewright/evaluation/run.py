@@ -179,8 +179,5 @@ def check_positions(model: PreTrainedModel, batch: Batch) -> None:
 
 def spec_of(task: Task) -> str:
     """The string that builds the task."""
-    name = next((n for n, cls in TASKS.items() if cls is type(task)), None)
-    if name is None:
-        return repr(task)
     options = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
-    return format_spec(name, options, TASKS[name])
+    return format_spec(TASKS.name_of(type(task)), options, type(task))

@@ -1,8 +1,9 @@
-"""Mixers: one paper per file. Adding one is a file and a line of `MIXERS`."""
+"""Mixers: one paper per file. Adding one is a file and a line of `catalog.MIXERS`."""
 
 from __future__ import annotations
 
 from statewright import spec
+from statewright.catalog import MIXERS
 from statewright.mixers.aaren import Aaren
 from statewright.mixers.attention import Attention
 from statewright.mixers.base import Mixer, VectorMixer
@@ -17,22 +18,6 @@ from statewright.mixers.mingru import MinGRU
 from statewright.mixers.minlstm import MinLSTM
 from statewright.mixers.s4 import S4
 from statewright.mixers.s4d import S4D
-
-MIXERS: dict[str, type[Mixer]] = {
-    "mingru": MinGRU,
-    "minlstm": MinLSTM,
-    "gru": GRU,
-    "lstm": LSTM,
-    "mamba2": Mamba2,
-    "gla": GLA,
-    "mamba": Mamba,
-    "attention": Attention,
-    "s4": S4,
-    "s4d": S4D,
-    "h3": H3,
-    "hyena": Hyena,
-    "aaren": Aaren,
-}
 
 
 def build_mixer(text: str, hidden_size: int) -> Mixer:

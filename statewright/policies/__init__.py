@@ -1,10 +1,11 @@
-"""Policies: one method per file. Adding one is a file and a line of `POLICIES`."""
+"""Policies: one method per file. Adding one is a file and a line of `catalog.POLICIES`."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from statewright import spec
+from statewright.catalog import POLICIES
 from statewright.policies.base import MARK, Eviction, Policy, Slots
 from statewright.policies.delta_scale import DeltaScale
 from statewright.policies.forget_more import ForgetMore
@@ -19,32 +20,19 @@ from statewright.policies.state_window import StateWindow
 from statewright.policies.tova import TOVA
 from statewright.policies.window import Window
 
-POLICIES: dict[str, type[Policy]] = {
-    "window": Window,
-    "tova": TOVA,
-    "h2o": H2O,
-    "random": Random,
-    "keynorm": KeyNorm,
-    "keydiff": KeyDiff,
-    "lagkv": LagKV,
-    "forgetmore": ForgetMore,
-    "statenorm": StateNorm,
-    "statewindow": StateWindow,
-    "deltascale": DeltaScale,
-}
-
 
 def build_policy(text: str | Policy | None) -> Policy | None:
     """`build_policy("tova:budget=512:sinks=4")`; "none" and None mean no policy.
 
-    "forgetmore:decay=0.999+statenorm:limit=2x" is a chain, the first part outermost. Raises
+    "forgetmore:decay=0.999+statenorm:limit=2x" is a chain, the first part outermost;
+    "package.module:Class:budget=64" a class of the user's own whose module is imported. Raises
     ValueError naming what is unknown, or the smallest legal budget.
     """
     if text is None or isinstance(text, Policy):
         return text
     if text.strip().lower() == "none":
         return None
-    parts = [spec.build(part.strip(), POLICIES, "policy") for part in text.split("+")]
+    parts = [spec.build(part, POLICIES, "policy") for part in POLICIES.parts(text)]
     return parts[0] if len(parts) == 1 else Chain(tuple(parts))
 
 
@@ -54,16 +42,14 @@ def policy_spec(policy: Policy | None) -> str:
         return "none"
     if isinstance(policy, Chain):
         return "+".join(policy_spec(part) for part in policy.parts)
-    name = next((n for n, cls in POLICIES.items() if cls is type(policy)), None)
-    if name is None:
-        return repr(policy)
+    name = POLICIES.name_of(type(policy))
     known = [f.name for f in dataclasses.fields(policy) if f.metadata.get("spec", True)]
     options = {name: getattr(policy, name) for name in known}
     if "budget" in options:
         options = {"budget": options.pop("budget"), **options}
     else:
         options["every"] = options.pop("every")
-    return spec.format_spec(name, options, POLICIES[name])
+    return spec.format_spec(name, options, type(policy))
 
 
 __all__ = [

@@ -1,8 +1,9 @@
-"""Tasks: one per file. Adding one is a file and a line of `TASKS`."""
+"""Tasks: one per file. Adding one is a file and a line of `catalog.TASKS`."""
 
 from __future__ import annotations
 
 from statewright import spec
+from statewright.catalog import TASKS
 from statewright.tasks.base import Batch, Sample, Task, digest
 from statewright.tasks.chomsky import CHOMSKY
 from statewright.tasks.copying import Copying
@@ -18,23 +19,6 @@ from statewright.tasks.selective_copy import SelectiveCopy
 from statewright.tasks.squality import SQuALITY
 from statewright.tasks.stories import Stories
 from statewright.tasks.stream import Stream
-
-TASKS: dict[str, type] = {
-    "passkey": Passkey,
-    "perplexity": Perplexity,
-    "stream": Stream,
-    "newline": Newline,
-    "mqar": MQAR,
-    "niah": NIAH,
-    "in-context": InContext,
-    "copying": Copying,
-    "selective-copy": SelectiveCopy,
-    "squality": SQuALITY,
-    "qasper": QASPER,
-    "stories": Stories,
-    **CHOMSKY,
-    "listops": ListOps,
-}
 
 
 def build_task(text: str) -> Task:

@@ -176,7 +176,7 @@ def parse_curriculum(text: str) -> list[tuple[int, int]]:
 
 
 def _check_policy(text: str) -> None:
-    # Only where there is one: policies import torch, and --help must not.
+    # Only where there is one: policies import torch, and the command line's checks must not.
     if text != "none":
         from statewright.policies import build_policy
 
