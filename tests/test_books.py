@@ -89,7 +89,7 @@ def test_every_table_from_a_tiny_model(tmp_path) -> None:
         for spec in ("h2o:budget=8", "none")
     )
     want = paired(mine, theirs)
-    assert f"{want.difference:+.4f} ± {want.standard_error:.4f}" in page
+    assert f"{want.mean:+.4f} [{want.low:+.4f}, {want.high:+.4f}]" in page
     for part in ("| Window+4, 8 | 0.500 | 1.000 | 1.000 |", "| tokens seen |", "| tokens/s |"):
         assert part in page
     assert all(f"| TOVA-layer, 8 | {mode} |" in page for mode in MODES)
@@ -190,9 +190,9 @@ def test_paired_differences() -> None:
     a, b = [1.0, 2.5, 2.0, 4.0], [0.5, 1.0, 2.5, 3.0]
     found = paired(a, b)
     differences = [x - y for x, y in zip(a, b)]
-    assert found.difference == statistics.mean(differences) and found.n == 4
-    assert found.standard_error == pytest.approx(statistics.stdev(differences) / 2)
-    assert paired([1.0], [0.0]).standard_error is None
+    assert found.mean == statistics.mean(differences) and found.n == 4
+    assert found.margin == pytest.approx(3.1824463 * statistics.stdev(differences) / 2)
+    assert paired([1.0], [0.0]).interval is None
     with pytest.raises(ValueError, match="2 and 1 samples"):
         paired([1.0, 2.0], [1.0])
 
@@ -207,14 +207,15 @@ def test_eval_shows_the_difference(tmp_path, capsys) -> None:
     verb += ["-n", "3", "--policy", "tova:budget=6", "--policy", "context:length=20"]
     assert main([*verb, "--json"]) == 0
     none, tova, short = json.loads(capsys.readouterr().out)
-    assert none["against_none"] == {"difference": 0.0, "standard_error": 0.0, "n": 3}
+    assert none["against_none"] == {"mean": 0.0, "low": None, "high": None, "n": 3}
     want = paired(tova["per_sample"], none["per_sample"])
-    assert tova["against_none"]["difference"] == want.difference != 0
-    assert tova["against_none"]["standard_error"] == want.standard_error > 0
+    assert tova["against_none"]["mean"] == want.mean != 0
+    assert tova["against_none"]["low"] == want.low < want.mean
     assert short["policy"] == "context:length=20"
     assert main(verb) == 0
     shown = capsys.readouterr().out
-    assert f"{want.difference:+.4f} ± {want.standard_error:.4f}" in shown
+    assert f"{want.mean:+.4f} " in shown
+    assert f"[{want.low:+.4f}, {want.high:+.4f}]" in shown
     assert AutoTokenizer.from_pretrained(tmp_path / "model").encode("a")
 
 

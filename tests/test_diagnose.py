@@ -30,6 +30,7 @@ from statewright.diagnosis.schedule import Schedule, rows_at, schedule_for
 from statewright.evaluation import token_losses
 from statewright.hf.families import tiny
 from statewright.hf.host import as_host
+from statewright.intervals import student
 from statewright.models import StatewrightConfig, StatewrightForCausalLM, load
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.policies import build_policy
@@ -133,7 +134,8 @@ def test_a_reading_adds_up(mixer: str) -> None:
         part = whole[:, bucket.begin : bucket.end]
         assert bucket.tokens == part.numel()
         assert bucket.nats == pytest.approx(part.mean().item(), abs=2e-5)
-        error = part.std(correction=0).item() / part.numel() ** 0.5
+        n = part.numel()
+        error = student(n - 1) * part.std().item() / n**0.5
         assert bucket.error == pytest.approx(error, rel=1e-3)
     starts = Schedule(300, 20).first_windows()
     fresh = token_losses(model, rows_at(ids, starts, 21).long())

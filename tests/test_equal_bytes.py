@@ -157,7 +157,7 @@ def test_the_file_holds_curves_and_what_is_missing(
 
 
 def test_a_curve_leaves_out_what_is_not_finite() -> None:
-    cost, more = {"state_bytes": 10}, {"standard_error": None, "policy": "none", "task": "t"}
+    cost, more = {"state_bytes": 10}, {"interval": None, "policy": "none", "task": "t"}
     rows = [{"model": "m", "metrics": {"accuracy": v}, "cost": cost, **more} for v in (1.0, None)]
     assert byte_curves(rows[1:])[0].x == () and byte_curves(rows[:1])[0].y == (1.0,)
 

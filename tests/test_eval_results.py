@@ -14,7 +14,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from statewright.cli import main
-from statewright.evaluation import Plan, evaluate, run_plan, standard_error
+from statewright.evaluation import Plan, estimate, evaluate, run_plan
 from statewright.evaluation import grid as grid_module
 from statewright.evaluation.curves import bits_per_byte, loss_by_position
 from statewright.hf.bounded import BoundedCache
@@ -68,13 +68,14 @@ def test_every_combination_with_the_unbounded_model_beside(book: Path, tmp_path:
     rows = [found[key] for key in found]
     assert [r["policy"] for r in rows] == ["none", "tova:budget=6"] * 8
     for none, tova in zip(rows[::2], rows[1::2]):
-        assert none["against_none"]["difference"] == 0 and tova["model"] == none["model"]
+        assert none["against_none"]["mean"] == 0 and tova["model"] == none["model"]
         differences = [a - b for a, b in zip(tova["per_sample"], none["per_sample"])]
-        assert tova["against_none"]["difference"] == pytest.approx(statistics.mean(differences))
+        assert tova["against_none"]["mean"] == pytest.approx(statistics.mean(differences))
         first = next(iter(none["metrics"].values()))
         assert first == pytest.approx(statistics.mean(none["per_sample"]))
-        spread = statistics.stdev(none["per_sample"]) / math.sqrt(3)
-        assert none["standard_error"] == pytest.approx(spread)
+        shares = next(iter(none["metrics"])) == "accuracy"
+        want = estimate(none["per_sample"], shares).interval
+        assert none["interval"] == pytest.approx(want)
     where = kept["about"]["runs"][rows[0]["run"]]
     assert where["command"] == "the command" and where["versions"]["torch"] == torch.__version__
     assert where["hardware"]["threads"] == 1 and len(where["git"] or "x" * 40) >= 40
@@ -110,9 +111,9 @@ def test_position_ranges_and_bits_by_hand() -> None:
     losses = [torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), torch.tensor([3.0, 5.0])]
     curve = loss_by_position(losses, points=3)
     assert curve.x == (2, 4, 5) and curve.y == (3, 6, 9)
-    assert curve.error == (1.0, None, None)
+    # 3 +- t of one degree of freedom, the standard error is 1.
+    assert curve.interval == (pytest.approx((3 - 12.7062, 3 + 12.7062), abs=1e-4), None, None)
     assert bits_per_byte(losses, ["abcd\u00e9", "ab"]) == pytest.approx(33 / math.log(2) / 8)
-    assert standard_error([1.0]) is None and standard_error([1.0, 3.0]) == 1
 
 
 def test_a_killed_run_goes_on_without_repeating(

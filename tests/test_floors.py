@@ -22,6 +22,7 @@ FLOORS = {
         "catalog",
         "shapes",
         "names",
+        "intervals",
         "ragged",
         "state_file",
         "text_file",

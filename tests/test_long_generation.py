@@ -143,8 +143,11 @@ def test_verdicts_by_hand() -> None:
     found = judge(critic, TOKENIZER, ["p"] * 5, texts, references)
     assert (found.wins, found.losses, found.ties, found.identical) == (2, 1, 2, 1)
     assert found.per_sample == (1, 1, 0, 0.5, 0.5) and found.win_rate == 0.6
-    spread = math.sqrt(sum((v - 0.6) ** 2 for v in found.per_sample) / 4 / 5)
-    assert found.standard_error == pytest.approx(spread)
+    # Bonett and Price: a win and a loss more, of 7 pairs.
+    more, z = [*found.per_sample, 1, 0], 1.959964
+    middle = sum(more) / 7
+    width = z * math.sqrt(sum((v - middle) ** 2 for v in more) / 7 / 7)
+    assert found.interval == pytest.approx((middle - width, middle + width))
     assert found.letters == {"A": 3 / 8, "B": 3 / 8, "C": 2 / 8} and found.position_bias == 0
     sure = math.exp(2) / (1 + math.exp(2))
     assert found.preference == pytest.approx((2 * sure + (1 - sure) + 0.5 + 0.5) / 5)
@@ -166,7 +169,9 @@ def test_a_judge_that_looks_at_the_place_only_says_nothing() -> None:
         Critic(lambda first, second: [3.0, 1.0, 0.0]), TOKENIZER, ["p"] * 4, ["a"] * 4, ["b"] * 4
     )
     assert (blind.ties, blind.win_rate, blind.position_bias) == (4, 0.5, 1)
-    assert blind.preference == pytest.approx(0.5) and blind.standard_error == 0
+    assert (
+        blind.preference == pytest.approx(0.5) and blind.interval[0] < 0.3 < 0.7 < blind.interval[1]
+    )
 
 
 def test_long_texts_are_cut_alike_and_counted() -> None:

@@ -25,8 +25,8 @@ from statewright.studies.experiment import (
     System,
     about,
     check_resumable,
-    mean_and_deviation,
     over_seeds,
+    over_seeds_shown,
     read_study,
 )
 from statewright.studies.fit import (
@@ -346,5 +346,5 @@ def test_means_over_seeds() -> None:
     cells = {"a/1/seed0": {"x": 1.0}, "b/1/seed0": {"x": 5.0}, "a/1/seed1": {"x": 3.0}}
     gathered = over_seeds(cells, lambda r: r["x"])
     assert gathered == {"a/1": [1.0, 3.0], "b/1": [5.0]}
-    assert mean_and_deviation(gathered["a/1"]) == (2.0, pytest.approx(2**0.5))
-    assert mean_and_deviation([5.0]) == (5.0, 0.0)
+    assert over_seeds_shown(gathered["a/1"]) == "2.0 ± 1.4"
+    assert over_seeds_shown([5.0], 2) == "5.00"

@@ -59,7 +59,7 @@ def result(task: str, policy: str, right: list[float], held: int, model: str = "
         "metrics": {"accuracy": sum(right) / len(right)},
         "per_sample": right,
         "places": places,
-        "standard_error": 0.1,
+        "interval": [0.1, 0.9],
         "curves": [
             {
                 "name": "score by depth",
@@ -67,7 +67,7 @@ def result(task: str, policy: str, right: list[float], held: int, model: str = "
                 "y": right,
                 "x_unit": "share of the input",
                 "y_unit": "accuracy",
-                "error": [],
+                "interval": [],
             }
         ],
         "truncated": {"samples": 1, "tokens": 9} if policy == "none" else {},
@@ -148,14 +148,14 @@ def test_bytes_are_the_axis_of_what_a_method_remembers() -> None:
 
 def test_equal_bytes_are_one_chart_and_what_is_out_of_reach_is_said() -> None:
     curve = {"x": [1024.0, 4096.0], "y": [0.25, 1.0], "x_unit": "bytes of state"}
-    curve |= {"y_unit": "accuracy", "error": [0.1, None]}
+    curve |= {"y_unit": "accuracy", "interval": [[0.15, 0.35], None]}
     missing = {"model": "m", "policy": "none", "target": 1 << 20, "reason": "it does not grow <so>"}
     names = ("mqar | mingru", "mqar | gla", "copying | gla")
     curves = [{**curve, "name": name} for name in names]
     record = evaluated() | {"recall_against_bytes": {"curves": curves, "unreachable": [missing]}}
     text = page([("a.json", record)])
     whole(text)
-    assert text.count("bytes of state.</b>") == 3 and "0.25 ± 0.1" in text
+    assert text.count("bytes of state.</b>") == 3 and "0.25 [0.15, 0.35]" in text
     assert "<td>1.0 MiB</td><td>it does not grow &lt;so&gt;</td>" in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -82,7 +83,7 @@ def eval_(
     """Run tasks on models, ours or any transformers causal LM, without and with policies.
 
     MODEL is a directory, an id or smollm2-135m. Each policy is compared with none, sample by
-    sample: the mean difference and its standard error. --output keeps curves, seeds, versions,
+    sample: the mean difference and its 95 % interval. --output keeps curves, seeds, versions,
     hardware, bytes of state, peak memory and tokens per second too. With --bytes the axis is the
     measured bytes of state: models of one size stand where they are, ours are also grown, and
     points out of reach are marked.
@@ -192,12 +193,12 @@ def _table(results: list[dict[str, Any]], named: bool) -> None:
     alone = len(results) == 1
     for name in first["metrics"]:
         table.add_column(name.replace("_per_", "/"), justify="right")
-    last = "± error" if alone else f"{compared}: more than none"
+    last = "95 % interval" if alone else f"{compared}: more than none"
     table.add_column(last, justify="right", min_width=None if alone else 16)
     table.add_column("state", justify="right", min_width=9)
     for result in results:
         values = [_number(value) for value in result["metrics"].values()]
-        more = _error(first["standard_error"]) if alone else ""
+        more = _interval(first.get("interval")) if alone else ""
         if result is not first:
             more = _difference(result["against_none"])
         size = human_bytes(result["cost"]["state_bytes"])
@@ -215,7 +216,8 @@ def _by_metric(table: Any, results: list[dict[str, Any]]) -> None:
     for i, name in enumerate(results[0]["metrics"]):
         values = [_number(r["metrics"].get(name)) for r in results]
         if i == 0:
-            values = [v + _error(r["standard_error"]) for v, r in zip(values, results)]
+            spans = [_interval(r.get("interval")) for r in results]
+            values = [f"{v}\n{span}".rstrip() for v, span in zip(values, spans)]
         table.add_row(name.replace("_per_", "/"), *values)
     table.add_row("state", *(human_bytes(r["cost"]["state_bytes"]) for r in results))
 
@@ -227,8 +229,9 @@ def _number(value: float | None) -> str:
 def _difference(found: dict[str, Any] | None) -> str:
     if found is None:
         return "not finite"
-    return f"{found['difference']:+.4f}{_error(found['standard_error'])}"
+    span = None if found["low"] is None else (found["low"], found["high"])
+    return f"{found['mean']:+.4f}\n{_interval(span, '+')}".rstrip()
 
 
-def _error(value: float | None) -> str:
-    return "" if value is None else f" ± {value:.4f}"
+def _interval(span: Sequence[float] | None, sign: str = "") -> str:
+    return "" if span is None else f"[{span[0]:{sign}.4f}, {span[1]:{sign}.4f}]"

@@ -13,6 +13,7 @@ from statewright.diagnosis.intervene import retention_by_change
 from statewright.diagnosis.runner import Runner
 from statewright.diagnosis.schedule import Schedule, rows_at, schedule_for
 from statewright.diagnosis.stream import Bucket, Layer, Stream, Typical
+from statewright.intervals import estimate
 from statewright.policies import Policy, policy_spec
 
 Advance = Callable[[int], None]
@@ -24,8 +25,8 @@ _CHANGED_LAYERS = 4
 @dataclass(frozen=True)
 class Comparison:
     """The same tokens of one octave, read after everything before them and from an empty state
-    (at least half a training length before them): the mean of both losses in nats, the standard
-    errors of their difference and of the latter, over how many tokens."""
+    (at least half a training length before them): the mean of both losses in nats, half the 95 %
+    intervals of their difference and of the latter, over how many tokens."""
 
     begin: int
     end: int
@@ -38,7 +39,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Reading:
-    """What `read` found; in_window is the loss (and its error) of texts of the training length."""
+    """What `read` found; in_window: the loss of texts of the training length, and half its 95 %
+    interval."""
 
     policy: str
     train_length: int
@@ -128,10 +130,10 @@ def _compare(run: Runner, ids: Tensor, schedule: Schedule, stream: Stream) -> It
 
 
 def _error(values: Tensor) -> float:
-    """The standard error of the mean of values (windows, tokens): windows are drawn, tokens are
-    not; of one window, the tokens are all there is to go by."""
+    """Half the 95 % interval of the mean of values (windows, tokens): windows are drawn, tokens
+    are not; of one window, the tokens are all there is to go by."""
     drawn = values.mean(1) if values.shape[0] > 1 else values.flatten()
-    return float(drawn.std() / drawn.numel() ** 0.5) if drawn.numel() > 1 else 0.0
+    return estimate(drawn.tolist()).margin
 
 
 def _with_retention(

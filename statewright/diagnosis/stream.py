@@ -23,6 +23,7 @@ from statewright.diagnosis.heads import (
 from statewright.diagnosis.runner import Runner
 from statewright.diagnosis.schedule import PROBES_PER_OCTAVE, Call, Schedule
 from statewright.evaluation.losses import nats
+from statewright.intervals import of_sums
 from statewright.state import MatrixState, ModelState
 
 # A head this much quieter than its layer's loudest does not count as growing.
@@ -31,8 +32,8 @@ _QUIET = 1e-4
 
 @dataclass(frozen=True)
 class Bucket:
-    """The mean loss in nats after more than `begin` and at most `end` tokens, its standard error,
-    over how many tokens."""
+    """The mean loss in nats after more than `begin` and at most `end` tokens, half its 95 %
+    interval, over how many tokens."""
 
     begin: int
     end: int
@@ -147,9 +148,8 @@ class Stream:
             begin, end = (0, self.schedule.train_length)
             if octave >= 0:
                 begin, end = self.schedule.octave(octave)
-            mean = total / count
-            error = max(0.0, squares / count - mean * mean) ** 0.5 / count**0.5
-            yield Bucket(begin, end, mean, error, count)
+            found = of_sums(total, squares, count)
+            yield Bucket(begin, end, found.mean, found.margin, count)
 
     def losses_at(self, starts: list[int]) -> Tensor:
         """What was lost in the second halves of windows: (B * starts, T - T // 2)."""

@@ -19,12 +19,11 @@ AMNESIA = "amnesia (forgets too fast)"
 SHIFT = "data or position shift"
 VERDICTS = (HEALTHY, COLLAPSE, AMNESIA, SHIFT)
 
-# What is carried does harm where the same tokens have, beyond doubt (standard errors), this many
+# What is carried does harm where the same tokens have, beyond doubt (95 % intervals), this many
 # times the perplexity that they have from an empty state. Half as much loss again is reported too,
 # but decides nothing: it means little where the loss is high, and everything where it is low.
 PERPLEXITY_FACTOR = 2.0
 LOSS_FACTOR = 1.5
-SURE = 2.0
 # A head does not forget if its variance has grown this many times and a training length leaves
 # this share of what it held.
 GROWTH = 4.0
@@ -100,12 +99,12 @@ def judge(reading: Reading, remembered: Sequence[Remembrance] = ()) -> Verdict:
 
 def _harmful(c: Comparison) -> bool:
     """Whether what is carried costs too much on an octave's tokens."""
-    return c.carried - c.fresh - SURE * c.error > math.log(PERPLEXITY_FACTOR)
+    return c.carried - c.fresh - c.error > math.log(PERPLEXITY_FACTOR)
 
 
 def _harder(c: Comparison, reading: Reading) -> bool:
     """Whether an octave's text is harder than the beginning, whatever is carried."""
-    doubt = SURE * (c.fresh_error**2 + reading.in_window_error**2) ** 0.5
+    doubt = math.hypot(c.fresh_error, reading.in_window_error)
     return c.fresh - doubt > perplexity_limit(reading)
 
 
@@ -136,7 +135,7 @@ def _beyond(reading: Reading) -> list[Bucket]:
 
 
 def _first(reading: Reading, limit: float) -> int | None:
-    over = (b for b in _beyond(reading) if b.nats - SURE * b.error > limit)
+    over = (b for b in _beyond(reading) if b.nats - b.error > limit)
     return next((b.begin for b in over), None)
 
 

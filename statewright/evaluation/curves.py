@@ -9,28 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from statewright.intervals import estimate
 from statewright.tasks import by_depth
 
 
 @dataclass(frozen=True)
 class Curve:
-    """y over x, each with its unit; `error`: y's standard error over samples (None: one sample)."""
+    """y over x, each with its unit; interval: where y lies with 95 % (None: one sample)."""
 
     name: str
     x: tuple[float, ...]
     y: tuple[float, ...]
     x_unit: str
     y_unit: str
-    error: tuple[float | None, ...] = ()
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean, sqrt(sum (v - mean)^2 / (n - 1) / n); None for one value."""
-    n = len(values)
-    if n < 2:
-        return None
-    mean = math.fsum(values) / n
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    interval: tuple[tuple[float, float] | None, ...] = ()
 
 
 def loss_by_position(losses: Sequence[Tensor], points: int = 64) -> Curve:
@@ -41,14 +33,14 @@ def loss_by_position(losses: Sequence[Tensor], points: int = 64) -> Curve:
     """
     longest = max(len(row) for row in losses)
     size = math.ceil(longest / points)
-    x, y, error = [], [], []
+    x, found = [], []
     for begin in range(0, longest, size):
         parts = [row[begin : begin + size].double() for row in losses]
         means = [float(part.mean()) for part in parts if len(part)]
         x.append(float(min(begin + size, longest)))
-        y.append(math.fsum(means) / len(means))
-        error.append(standard_error(means))
-    return Curve("loss by position", tuple(x), tuple(y), "tokens", "nats per token", tuple(error))
+        found.append(estimate(means))
+    y, spans = tuple(e.mean for e in found), tuple(e.interval for e in found)
+    return Curve("loss by position", tuple(x), y, "tokens", "nats per token", spans)
 
 
 def score_by_depth(

@@ -14,9 +14,10 @@ import torch
 from statewright.cells import read_cells, write_json
 from statewright.evaluation.answers import call_options
 from statewright.evaluation.context import ShortContext, bound_spec, build_bound
-from statewright.evaluation.curves import Curve, standard_error
+from statewright.evaluation.curves import Curve
 from statewright.evaluation.grid import Candidate, Loader, Plan, run_bounds
 from statewright.evaluation.measure import a_few_ids, footprint
+from statewright.intervals import SHARES, estimate
 from statewright.models import StatewrightForCausalLM
 from statewright.models.resize import plan_resize, resize
 from statewright.policies import Eviction
@@ -161,8 +162,8 @@ def _refused(model: Any, bound: str) -> str:
 def byte_curves(results: Iterable[Mapping[str, Any]]) -> list[Curve]:
     """Score against measured bytes of state, a curve per task and candidate.
 
-    y: the mean over seeds of the first metric; its error is over seeds, or over the samples of the
-    only one. Points that are not finite are left out.
+    y: the mean over seeds of the first metric; its interval is over seeds, or over the samples of
+    the only one. Points that are not finite are left out.
     """
     gathered: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for result in results:
@@ -190,7 +191,8 @@ def _curve(name: str, points: list[list[Mapping[str, Any]]]) -> Curve:
         if None in values:
             continue
         size = math.fsum(one["cost"]["state_bytes"] for one in seeds) / len(seeds)
-        error = standard_error(values) if len(values) > 1 else seeds[0]["standard_error"]
-        found.append((size, math.fsum(values) / len(values), error))
-    x, y, errors = zip(*sorted(found, key=lambda point: point[0])) if found else ((), (), ())
-    return Curve(name, x, y, "bytes of state", unit, errors)
+        over = estimate(values, unit in SHARES)
+        span = over.interval if len(values) > 1 else seeds[0].get("interval")
+        found.append((size, over.mean, span))
+    x, y, spans = zip(*sorted(found, key=lambda point: point[0])) if found else ((), (), ())
+    return Curve(name, x, y, "bytes of state", unit, spans)

@@ -16,8 +16,8 @@ from statewright.cells import Cell, read_cells, run_cells
 from statewright.evaluation.context import bound_spec, build_bound
 from statewright.evaluation.judged import Judge
 from statewright.evaluation.measure import environment
-from statewright.evaluation.paired import paired
 from statewright.evaluation.run import check_positions, evaluate_batch, spec_of
+from statewright.intervals import SHARES, paired
 from statewright.state_file import fingerprint
 from statewright.tasks import Batch, Task, build_task, digest
 
@@ -172,11 +172,11 @@ class _Runner:
 
 
 def _against(result: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any] | None:
-    """The paired difference on the same samples; None if a value is not finite."""
+    """The paired difference on the same samples, of the first metric; None if one is not finite."""
     pair = [result["per_sample"], baseline["per_sample"]]
     if None in [*pair[0], *pair[1]]:
         return None
-    return dataclasses.asdict(paired(*pair))
+    return dataclasses.asdict(paired(*pair, next(iter(result["metrics"])) in SHARES))
 
 
 def _plain(value: Any) -> Any:

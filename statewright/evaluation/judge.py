@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from statewright.evaluation.curves import standard_error
+from statewright.intervals import estimate
 from statewright.tasks.base import encode
 
 LETTERS = ("A", "B", "C")
@@ -31,12 +30,12 @@ class Verdicts:
     """Of n pairs, candidate against reference, each shown in both orders.
 
     per_sample: 1 for a win, 0 for a loss, 1/2 for a tie; a win is a preference in both orders
-    (arXiv:2401.06104, section 5.3). win_rate: their mean; standard_error: its error. identical:
-    ties that were not shown, as both texts are the same. preference: the mean over orders of the
-    probability of the candidate's letter among A and B, in which a constant liking for a letter
-    cancels to first order; preference_error: its error. letters: the share of verdicts for A, B
-    and C. position_bias: share of A less share of B, 0 for a judge that ignores the order.
-    cut: tokens of the texts that did not fit.
+    (arXiv:2401.06104, section 5.3). win_rate: their mean; interval: where it lies with 95 %.
+    identical: ties that were not shown, as both texts are the same. preference: the mean over
+    orders of the probability of the candidate's letter among A and B, in which a constant liking
+    for a letter cancels to first order; preference_interval: of 95 %. letters: the share of
+    verdicts for A, B and C. position_bias: share of A less share of B, 0 for a judge that ignores
+    the order. cut: tokens of the texts that did not fit.
     """
 
     n: int
@@ -45,9 +44,9 @@ class Verdicts:
     losses: int
     identical: int
     win_rate: float
-    standard_error: float | None
+    interval: tuple[float, float] | None
     preference: float
-    preference_error: float | None
+    preference_interval: tuple[float, float] | None
     letters: dict[str, float]
     position_bias: float
     cut: int
@@ -105,6 +104,7 @@ def _verdicts(shown: Sequence[tuple[Tensor, Tensor] | None], cut: int) -> Verdic
         own = there[:2].softmax(0)[0] + back[:2].softmax(0)[1]
         preferences.append(float(own) / 2)
     n, calls = len(values), sum(counts)
+    rate, preference = estimate(values, shares=True), estimate(preferences, shares=True)
     shares = {name: count / calls if calls else 0.0 for name, count in zip(LETTERS, counts)}
     return Verdicts(
         n,
@@ -112,10 +112,10 @@ def _verdicts(shown: Sequence[tuple[Tensor, Tensor] | None], cut: int) -> Verdic
         values.count(0.5),
         values.count(0.0),
         sum(pair is None for pair in shown),
-        math.fsum(values) / n,
-        standard_error(values),
-        math.fsum(preferences) / n,
-        standard_error(preferences),
+        rate.mean,
+        rate.interval,
+        preference.mean,
+        preference.interval,
         shares,
         shares["A"] - shares["B"],
         cut,

@@ -69,7 +69,7 @@ class Judge:
             metrics_of(found),
             found.per_sample,
             (0.0,) * found.n,
-            found.standard_error,
+            found.interval,
             truncated={"samples": found.n, "tokens": found.cut} if found.cut else {},
             cost=cost,
         )
@@ -81,6 +81,6 @@ def metrics_of(found: Verdicts) -> dict[str, float]:
     """A judge's verdicts as the metrics of a result, the win rate first."""
     names = ("win_rate", "wins", "ties", "losses", "identical", "preference", "position_bias")
     metrics = {name: float(getattr(found, name)) for name in names}
-    if found.preference_error is not None:
-        metrics["preference_error"] = found.preference_error
+    if found.preference_interval is not None:
+        metrics |= dict(zip(("preference_low", "preference_high"), found.preference_interval))
     return metrics | {f"verdict_{name}": share for name, share in found.letters.items()}

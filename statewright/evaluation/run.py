@@ -18,12 +18,12 @@ from statewright.evaluation.curves import (
     bits_per_byte,
     loss_by_position,
     score_by_depth,
-    standard_error,
 )
 from statewright.evaluation.losses import perplexity
 from statewright.evaluation.measure import Cost, metered
 from statewright.evaluation.metrics import Scores, score
 from statewright.evaluation.stories import story_scores
+from statewright.intervals import SHARES, estimate
 from statewright.spec import format_spec
 from statewright.tasks import TASKS, Task, build_task
 from statewright.tasks.base import Batch
@@ -36,8 +36,8 @@ class Result:
 
     per_sample: 1 or 0 for an answer that was right or wrong (the share of right ones, if a sample
     has several), the mean loss in nats of a window, or an answer's score; their mean is the first
-    metric, `standard_error` its error. places: where the samples' answers were. texts: answers
-    that were compared with references. truncated: samples and tokens that a task cut to its
+    metric, `interval` where it lies with 95 %. places: where the samples' answers were. texts:
+    answers that were compared with references. truncated: samples and tokens that a task cut to its
     length. cost: see `Cost`.
     """
 
@@ -49,7 +49,7 @@ class Result:
     metrics: dict[str, float]
     per_sample: tuple[float, ...]
     places: tuple[float, ...]
-    standard_error: float | None = None
+    interval: tuple[float, float] | None = None
     curves: tuple[Curve, ...] = ()
     texts: tuple[str, ...] = ()
     truncated: dict[str, int] = field(default_factory=dict)
@@ -115,7 +115,7 @@ def evaluate_batch(
         metrics,
         tuple(per_sample),
         tuple(sample.place for sample in batch.samples),
-        standard_error(per_sample),
+        estimate(per_sample, next(iter(metrics)) in SHARES).interval,
         curves,
         tuple(answer.text for answer in found if answer.text is not None),
         {"samples": len(cuts), "tokens": sum(cuts)} if cuts else {},

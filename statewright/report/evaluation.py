@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from statewright.intervals import SHARES, estimate
 from statewright.names import short_names
 from statewright.report.heat import heat_table
 from statewright.report.html import number, section, size, table, words
-from statewright.report.series import Plot, Series, draw
+from statewright.report.series import Plot, Series, Span, draw, said
 from statewright.spec import split
 
 Result = Mapping[str, Any]
@@ -51,14 +52,14 @@ def byte_curves(curves: Sequence[Mapping[str, Any]], name: str) -> str:
         series = tuple(map(_line, found))
         unit, metric = found[0]["x_unit"], found[0]["y_unit"]
         title = f"{task}: {metric} by bytes of state" if task else f"{metric} by bytes of state"
-        note = "Measured bytes; ± is one standard error."
+        note = "Measured bytes; bars and brackets are 95 % intervals."
         drawn.append(draw(Plot(title, unit, metric, series, True, True, note=note), f"{name}-{i}"))
     return f'<div class="figures">{"".join(drawn)}</div>' if drawn else ""
 
 
 def _line(curve: Mapping[str, Any]) -> Series:
-    errors = tuple(curve.get("error") or ())
-    return Series(curve["name"], tuple(zip(curve["x"], curve["y"])), errors)
+    spans = tuple(curve.get("interval") or ())
+    return Series(curve["name"], tuple(zip(curve["x"], curve["y"])), spans)
 
 
 def _missing(points: Sequence[Mapping[str, Any]]) -> str:
@@ -131,15 +132,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(whole) / len(whole) if whole and len(whole) == len(values) else None
 
 
-def _error(found: Sequence[Result], metric: str) -> float | None:
+def _interval(found: Sequence[Result], metric: str) -> Span | None:
     """Over seeds where there are several, else over the samples of the one."""
     values = [result["metrics"].get(metric) for result in found]
-    mean = _mean(values)
-    if len(values) < 2 or mean is None:
-        first = next(iter(found[0]["metrics"]))
-        return found[0].get("standard_error") if metric == first else None
-    square = math.fsum((v - mean) ** 2 for v in values)  # type: ignore[operator]
-    return math.sqrt(square / (len(values) - 1) / len(values))
+    if len(values) > 1 and _mean(values) is not None:
+        return estimate(values, metric in SHARES).interval
+    first = next(iter(found[0]["metrics"]))
+    return found[0].get("interval") if metric == first else None
 
 
 def _table(found: Sequence[Result], metric: str) -> str:
@@ -151,7 +150,8 @@ def _table(found: Sequence[Result], metric: str) -> str:
     for group in _by(found, "model", "task", "policy").values():
         first = group[0]
         values = [_mean([r["metrics"].get(name) for r in group]) for name in metrics]
-        shown = [_said(value, _error(group, name)) for value, name in zip(values, metrics)]
+        spans = [_interval(group, name) for name in metrics]
+        shown = ["–" if v is None else said(v, span) for v, span in zip(values, spans)]
         length = [number(_option(first["task"], "length"))] if lengths else []
         costs = [r.get("cost") or {} for r in group]
         state = max((c.get("state_bytes", 0) for c in costs), default=0)
@@ -168,13 +168,7 @@ def _table(found: Sequence[Result], metric: str) -> str:
             ]
         )
     model = "" if several else f"{found[0]['model']}; "
-    return table(f"{model}± is one standard error", heads, rows)
-
-
-def _said(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "–"
-    return number(float(value)) + (f" ± {error:.2g}" if error else "")
+    return table(f"{model}in brackets: 95 % intervals", heads, rows)
 
 
 def _over_lengths(found: Sequence[Result], metric: str, name: str) -> str:
@@ -182,13 +176,13 @@ def _over_lengths(found: Sequence[Result], metric: str, name: str) -> str:
         return ""
     series = []
     for group in _by(found, "model", "policy").values():
-        points, errors = [], []
+        points, spans = [], []
         for part in _by(group, "task").values():
             mean = _mean([r["metrics"].get(metric) for r in part])
             if mean is not None:
                 points.append((float(_option(part[0]["task"], "length")), mean))
-                errors.append(_error(part, metric))
-        series.append(Series(_who(group[0], _several(found)), tuple(points), tuple(errors)))
+                spans.append(_interval(part, metric))
+        series.append(Series(_who(group[0], _several(found)), tuple(points), tuple(spans)))
     title = f"{metric.replace('_', ' ').capitalize()} by length"
     return draw(
         Plot(title, "tokens", metric, tuple(series), True, True, metric == "accuracy"), name
@@ -252,8 +246,8 @@ def _averaged(lines: Sequence[Mapping[str, Any]], who: str) -> Series:
         for x, y in zip(line["x"], line["y"]):
             values.setdefault(float(x), []).append(y)
     points = tuple((x, m) for x, ys in sorted(values.items()) if (m := _mean(ys)) is not None)
-    if len(lines) == 1 and lines[0].get("error") and len(points) <= 16:
-        return Series(who, points, tuple(lines[0]["error"]))
+    if len(lines) == 1 and lines[0].get("interval") and len(points) <= 16:
+        return Series(who, points, tuple(lines[0]["interval"]))
     return Series(who, points)
 
 

@@ -12,15 +12,16 @@ from statewright.report.svg import COLOURS, Axis, Chart, count, kind_of, symbol
 
 # More lines than this cannot be told apart; the others are in the table.
 MOST = 16
+Span = Sequence[float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y); errors: one standard error each, or none; scatter: without a line."""
+    """Points (x, y); intervals: where each y lies with 95 %, or none; scatter: without a line."""
 
     name: str
     points: tuple[tuple[float, float], ...]
-    errors: tuple[float | None, ...] = ()
+    intervals: tuple[Span | None, ...] = ()
     scatter: bool = False
 
 
@@ -48,8 +49,8 @@ def draw(plot: Plot, name: str) -> str:
     chart = Chart(plot.title, _spoken(shown, plot), *_axes(plot, shown))
     for i, series in enumerate(shown):
         points = sorted(p for p in series.points if _fine(p[1]))
-        if series.errors:
-            chart.whiskers(series.points, series.errors, i)
+        if series.intervals:
+            chart.whiskers(series.points, series.intervals, i)
         if len(points) > 1 and not series.scatter:
             chart.line(points, kind_of(i))
         chart.symbols(points, i)
@@ -128,15 +129,20 @@ def _table(plot: Plot, drawn: Sequence[Series], chart: Chart) -> str:
     return scrolled(plot.y, f"{top}<tbody>{''.join(rows)}</tbody>")
 
 
-def _by_x(series: Series) -> dict[float, tuple[float, float | None]]:
-    errors = series.errors or (None,) * len(series.points)
-    return {x: (y, e) for (x, y), e in zip(series.points, errors) if _fine(y)}
+def said(value: float, span: Span | None) -> str:
+    """`0.95 [0.76, 0.99]`."""
+    shown = number(float(value))
+    return shown if span is None else f"{shown} [{number(span[0])}, {number(span[1])}]"
 
 
-def _cell(found: tuple[float, float | None] | None, chart: Chart, i: int) -> str:
+def _by_x(series: Series) -> dict[float, tuple[float, Span | None]]:
+    spans = series.intervals or (None,) * len(series.points)
+    return {x: (y, span) for (x, y), span in zip(series.points, spans) if _fine(y)}
+
+
+def _cell(found: tuple[float, Span | None] | None, chart: Chart, i: int) -> str:
     if found is None:
         return "<td></td>"
-    y, error = found
-    said = number(float(y)) + (f" ± {error:.2g}" if error else "")
+    y, span = found
     place = f' data-y="{chart.at(chart.x.low, y)[1]:.1f}"' if i < MOST else ""
-    return f"<td{place}>{said}</td>"
+    return f"<td{place}>{said(y, span)}</td>"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 Points = Sequence[tuple[float, float]]
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 40
@@ -132,11 +133,11 @@ class Chart:
             cx, cy = self.at(x, y)
             self.marks.append(symbol(cx, cy, number))
 
-    def whiskers(self, points: Points, errors: Sequence[float | None], number: int) -> None:
-        """One standard error up and down."""
-        for (x, y), error in zip(points, errors):
-            if y is not None and error and math.isfinite(error) and math.isfinite(y):
-                (x0, low), (_, high) = self.at(x, y - error), self.at(x, y + error)
+    def whiskers(self, points: Points, spans: Sequence[Any], number: int) -> None:
+        """From the lower to the upper end of each point's interval (a pair, or None)."""
+        for (x, y), span in zip(points, spans):
+            if y is not None and span and all(map(math.isfinite, (y, *span))):
+                (x0, low), (_, high) = self.at(x, span[0]), self.at(x, span[1])
                 self.behind.append(
                     f'<line class="whisker s{number % COLOURS}" x1="{x0:.1f}" x2="{x0:.1f}" '
                     f'y1="{low:.1f}" y2="{high:.1f}"/>'

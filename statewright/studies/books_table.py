@@ -103,8 +103,8 @@ def _against(mine: Mapping[str, list[float]], other: Mapping[str, list[float]]) 
     if not both or mine is other:
         return ""
     found = paired(*([v for book in both for v in run[book]] for run in (mine, other)))
-    error = "" if found.standard_error is None else f" ± {found.standard_error:.4f}"
-    return f"{found.difference:+.4f}{error}"
+    span = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
+    return f"{found.mean:+.4f}{span}"
 
 
 def _long(cells: Cells) -> list[str]:
@@ -191,7 +191,7 @@ def _throughput(cells: Cells) -> list[str]:
 
 TABLES = {
     "Perplexity of one window under every budget": _single,
-    "Several windows of several books (± paired standard error)": _windows,
+    "Several windows of several books (paired differences, 95 % intervals)": _windows,
     "A long text: perplexity in runs of 4,096 tokens": _long,
     "Who survives (shares over layers and key heads)": _survivors,
     "How long a token survives under TOVA, in tokens, by budget": _classes,

@@ -155,7 +155,7 @@ class _Run:
             "policy": policy,
             "bytes": found.cost.state_bytes,
             "accuracy": found.metrics["accuracy"],
-            "standard_error": found.standard_error,
+            "interval": found.interval,
         }
 
     def _bounded(self, model: StatewrightForCausalLM) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from statewright.evaluation.curves import Curve, standard_error
-from statewright.studies.experiment import mean_and_deviation
+from statewright.evaluation.curves import Curve
+from statewright.intervals import estimate
+from statewright.studies.experiment import over_seeds_shown
 
 # task -> candidate -> size meant (None: as it is) -> points over seeds.
 Points = dict[str, dict[str, dict[int | None, list[dict[str, Any]]]]]
@@ -27,7 +28,7 @@ def points_of(found: dict[str, Any]) -> Points:
 
 
 def curves(found: dict[str, Any]) -> list[Curve]:
-    """Accuracy against measured bytes, a curve per task and candidate; errors are over seeds."""
+    """Accuracy against measured bytes, a curve per task and candidate; intervals over seeds."""
     made = []
     for task, candidates in points_of(found).items():
         for name, sizes in candidates.items():
@@ -37,11 +38,11 @@ def curves(found: dict[str, Any]) -> list[Curve]:
                 if reached:
                     values = [p["accuracy"] for p in reached]
                     size = math.fsum(p["bytes"] for p in reached) / len(reached)
-                    mean = math.fsum(values) / len(values)
-                    rows.append((size, mean, standard_error(values)))
+                    over = estimate(values, shares=True)
+                    rows.append((size, over.mean, over.interval if len(values) > 1 else None))
             rows.sort(key=lambda row: row[0])
-            x, y, errors = zip(*rows) if rows else ((), (), ())
-            made.append(Curve(f"{task} | {name}", x, y, "bytes of state", "accuracy", errors))
+            x, y, spans = zip(*rows) if rows else ((), (), ())
+            made.append(Curve(f"{task} | {name}", x, y, "bytes of state", "accuracy", spans))
     return made
 
 
@@ -67,10 +68,9 @@ def _shown(points: list[dict[str, Any]]) -> str:
     reached = [p for p in points if "unreachable" not in p]
     if not reached:
         return "-" if points else ""
-    mean, deviation = mean_and_deviation([p["accuracy"] for p in reached])
     size = sum(p["bytes"] for p in reached) / len(reached)
-    spread = f" ± {deviation:.3f}" if len(reached) > 1 else ""
-    return f"{mean:.3f}{spread}\n({_human(size)})"
+    shown = over_seeds_shown([p["accuracy"] for p in reached], 3)
+    return f"{shown}\n({_human(size)})"
 
 
 def _human(size: float) -> str:
@@ -87,7 +87,9 @@ def draw_equal_bytes(figure: Any, found: dict[str, Any]) -> None:
         for name, sizes in candidates.items():
             curve, color = drawn[f"{task} | {name}"], f"C{names.index(name) % 10}"
             style = ("o-", "s--", "^:")[names.index(name) // 10 % 3]
-            errors = [error or 0.0 for error in curve.error]
+            spans = [span or (y, y) for y, span in zip(curve.y, curve.interval)]
+            ends = zip(*((y - low, high - y) for y, (low, high) in zip(curve.y, spans)))
+            errors = list(ends) or None
             axes.errorbar(curve.x, curve.y, errors, fmt=style, color=color, label=name, capsize=2)
             out = [t for t, p in sizes.items() if t and all("unreachable" in one for one in p)]
             axes.plot(out, [-0.04 - 0.015 * names.index(name)] * len(out), "x", color=color)

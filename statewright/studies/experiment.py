@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from statewright.intervals import estimate, spread
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.provenance import hardware, versions
 from statewright.studies.cells import read_cells
@@ -121,9 +122,8 @@ def over_seeds(cells: Mapping[str, Any], read: Callable[[dict], float]) -> dict[
     return gathered
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and the sample standard deviation, 0 for a single value."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, 0.0
-    return mean, (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+def over_seeds_shown(values: Sequence[float], digits: int = 1) -> str:
+    """`94.3 ± 1.6`: the mean and the standard deviation of seeds, as papers give them; one seed has
+    none."""
+    deviation, mean = spread(values), estimate(values).mean
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")

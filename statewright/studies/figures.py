@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from statewright.intervals import estimate, spread
 from statewright.studies import algorithmic, char_lm, selective_copy, train_cost
 from statewright.studies.capacity_figure import draw_capacity
 from statewright.studies.equal_bytes_table import draw_equal_bytes
-from statewright.studies.experiment import mean_and_deviation, over_seeds, read_study
+from statewright.studies.experiment import over_seeds, read_study
 
 _DATES = {".png": None, ".svg": "Date", ".pdf": "CreationDate"}
 
@@ -51,8 +52,8 @@ def _selective_copy(figure: Any, found: dict[str, Any]) -> None:
     values = over_seeds(found["cells"], lambda r: 100 * r["accuracy"])
     names = list(values)
     for i, name in enumerate(names):
-        mean, deviation = mean_and_deviation(values[name])
-        bars.bar(i, mean, yerr=deviation, color=_color(name), capsize=3)
+        mean = estimate(values[name]).mean
+        bars.bar(i, mean, yerr=spread(values[name]), color=_color(name), capsize=3)
         paper = selective_copy.PAPER.get(name)
         if paper is not None:
             bars.plot([i - 0.4, i + 0.4], [paper, paper], color="black", linewidth=1)
@@ -92,7 +93,7 @@ def _algorithmic(figure: Any, found: dict[str, Any]) -> None:
         chance = next(r["chance"] for k, r in cells.items() if k.startswith(f"{task}/"))
         for name, points in over_seeds(cells, _points).items():
             if name.startswith(f"{task}/"):
-                means = [mean_and_deviation(column)[0] for column in zip(*points)]
+                means = [estimate(column).mean for column in zip(*points)]
                 system = name.split("/", 1)[1]
                 axes.plot(labels, means, "o-", color=_color(system), label=system)
         axes.axhline(chance, color="gray", linewidth=1, linestyle=":")

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from statewright.intervals import estimate
 from statewright.studies.cells import Cell
 from statewright.studies.experiment import (
     Place,
     System,
     Systems,
-    mean_and_deviation,
     over_seeds,
+    over_seeds_shown,
 )
 from statewright.studies.fit import Fit, accuracy, stacked, training_seed
 from statewright.studies.settings import SelectiveCopySettings
@@ -104,13 +105,12 @@ def table(found: dict[str, Any]) -> list[dict[str, Any]]:
     exact = over_seeds(found["cells"], lambda r: 100 * r["exact"])
     rows = []
     for name, values in over_seeds(found["cells"], lambda r: 100 * r["accuracy"]).items():
-        mean, deviation = mean_and_deviation(values)
         rows.append(
             {
                 "system": name,
                 "seeds": len(values),
-                "accuracy %": f"{mean:.1f} ± {deviation:.1f}",
-                "all right %": f"{mean_and_deviation(exact[name])[0]:.1f}",
+                "accuracy %": over_seeds_shown(values),
+                "all right %": f"{estimate(exact[name]).mean:.1f}",
                 "paper %": PAPER.get(name, ""),
             }
         )

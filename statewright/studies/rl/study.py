@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from statewright.studies.cells import Cell
-from statewright.studies.experiment import Place, System, mean_and_deviation, over_seeds
+from statewright.studies.experiment import Place, System, over_seeds, over_seeds_shown
 from statewright.studies.fit import HELD_OUT, training_seed
 from statewright.studies.rl.environments import make_environment
 from statewright.studies.rl.episodes import Recording, Windows
@@ -213,13 +213,12 @@ def table(files: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for key, values in over_seeds(scored, lambda r: r["score"]).items():
         _, dataset, system = key.split("/", 2)
-        mean, deviation = mean_and_deviation(values)
         rows.append(
             {
                 "dataset": dataset,
                 "system": system,
                 "seeds": len(values),
-                "score": f"{mean:.1f} ± {deviation:.1f}",
+                "score": over_seeds_shown(values),
                 "data": f"{data[dataset]:.1f}" if dataset in data else "",
                 "paper": _of_paper(dataset, system),
                 "bytes": f"{max(sizes[key]):,}",
