@@ -40,15 +40,15 @@ test-extras: $(VENV)/.ready ## Every extra alone in an environment of its own (n
 		-e . -r benchmarks/requirements.txt
 	touch $@
 
-bench: .venv-bench/.ready $(VENV)/.ready ## Ratios to floors and peers; writes the README's table
+bench: .venv-bench/.ready $(VENV)/.ready ## Ratios to floors and peers; writes the tables of docs/speed.md
 	$(BIN)/python -m pytest tests/test_native.py tests/test_ops.py
 	HF_HUB_OFFLINE=1 .venv-bench/bin/python -m statewright bench \
-		--output-dir benchmarks/results --readme README.md
+		--output-dir benchmarks/results --page docs/speed.md
 
-docs: $(VENV)/.ready ## Regenerate docs/check.md and the README's table; the site, in build/site
+docs: $(VENV)/.ready ## Regenerate docs/check.md and the tables of docs/speed.md; the site, in build/site
 	HF_HUB_OFFLINE=1 $(BIN)/python -m statewright check --all --markdown docs/check.md
-	$(BIN)/python -c "from pathlib import Path; from statewright.bench.table import write_readme; \
-		write_readme(Path('README.md'), Path('benchmarks/results'))"
+	$(BIN)/python -c "from pathlib import Path; from statewright.bench.table import write_tables; \
+		write_tables(Path('docs/speed.md'), Path('benchmarks/results'))"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 

@@ -1,38 +1,57 @@
-"""The README's table, made from benchmarks/results/*.json and nothing else."""
+"""The tables of docs/speed.md, made from benchmarks/results/*.json and nothing else."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+OURS = ("native", "ours", "floor: ours", "torch")
+_PLACE = re.compile(r"(?<=<!-- bench: )(\w+)( -->\n)(.*?)(?=<!-- bench end -->)", re.S)
+_HEAD = ["| case | threads | floor | ours / floor | peers / ours |", "|---|---|---|---|---|"]
 
 
-def write_readme(readme: Path, results: Path) -> bool:
-    """Replace the text between the markers; returns whether anything changed."""
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    new = f"{before}{BEGIN}\n{markdown(results)}{END}{after}"
+def check_places(page: Path, suites: Iterable[str]) -> None:
+    """ValueError unless `page` has a place for the table of every suite."""
+    found = {name for name, *_ in _PLACE.findall(page.read_text(encoding="utf-8"))}
+    for name in suites:
+        if name not in found:
+            raise ValueError(
+                f"{page} has no place for the suite {name}: expected the lines "
+                f"'<!-- bench: {name} -->' and '<!-- bench end -->'"
+            )
+
+
+def write_tables(page: Path, results: Path) -> bool:
+    """Write each results file's table into its place in `page`; returns whether anything changed.
+
+    A place whose suite has no file in `results` stays as it is.
+    """
+    files = {file.stem: file for file in sorted(results.glob("*.json"))}
+    check_places(page, files)
+    text = page.read_text(encoding="utf-8")
+
+    def filled(place: re.Match) -> str:
+        name, end, old = place.groups()
+        return name + end + (markdown(files[name]) if name in files else old)
+
+    new = _PLACE.sub(filled, text)
     if new != text:
-        readme.write_text(new, encoding="utf-8")
+        page.write_text(new, encoding="utf-8")
     return new != text
 
 
-def markdown(results: Path) -> str:
-    """One line per case: ours to the floor, and each peer to ours."""
-    lines, sources = [], []
-    for file in sorted(results.glob("*.json")):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        cases = _by_case(found["rows"])
-        if not cases:
-            continue
-        lines += ["", "| case | threads | ours / floor | peers / ours |", "|---|---|---|---|"]
-        lines += [_line(case, threads, rows) for (case, threads), rows in cases.items()]
-        sources.append(_source(file.name, found["environment"]))
-    head = "<details><summary>Every measured row: ratios of best times</summary>"
-    return "\n".join([head, *lines, "", *sources, "", "</details>", ""])
+def markdown(file: Path) -> str:
+    """One line per case: its floor, ours to the floor, and each peer to ours."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    about = found["environment"]
+    if "peak_of_reading" in about:
+        lines = _memory(about)
+    else:
+        lines = [*_HEAD, *(_line(*key, rows) for key, rows in _by_case(found["rows"]).items())]
+    return "\n".join(["", *lines, "", _source(file.name, about), "", ""])
 
 
 def _by_case(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
@@ -43,21 +62,38 @@ def _by_case(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, dict
 
 
 def _line(case: str, threads: int, rows: dict[str, dict[str, Any]]) -> str:
-    ours = next((rows[n] for n in ("native", "ours", "floor: ours", "torch") if n in rows), None)
-    own = ("native", "ours", "floor")
-    others = {n: r for n, r in rows.items() if not n.startswith(own)}
-    if ours is None:
+    """A case whose floor is our own method has no floor to show, hence no ratio to it."""
+    floor = min(rows, key=lambda name: (rows[name]["to_floor"] != 1, not name.startswith("floor")))
+    best = next((name for name in OURS if name in rows), None)
+    beside = {n: r for n, r in rows.items() if n not in (floor, best) and n[:6] != "floor:"}
+    ways = {n.partition(", ")[2]: r for n, r in beside.items() if n.startswith(("native", "ours"))}
+    peers = {n: r for n, r in beside.items() if not n.startswith(("native", "ours"))}
+    if best is None:
         # Ways of ours beside one floor, and no peer.
-        listed = ", ".join(f"{name} {row['to_floor']:.2f}" for name, row in others.items())
-        return f"| {case} | {threads} | {listed} | |"
-    listed = ", ".join(f"{name} {row['best'] / ours['best']:.1f}x" for name, row in others.items())
-    return f"| {case} | {threads} | {ours['to_floor']:.2f} | {listed} |"
+        ways, peers = peers, {}
+    ratios = [] if best is None else [f"{rows[best]['to_floor']:.2f}"]
+    ratios += [f"{name} {row['to_floor']:.2f}" for name, row in ways.items()]
+    cells = [case, str(threads), floor.removeprefix("floor: "), ", ".join(ratios)]
+    if floor == best:
+        cells[2:] = "-", "-"
+    cells.append(", ".join(f"{n} {r['best'] / rows[best]['best']:.1f}x" for n, r in peers.items()))
+    return f"| {' | '.join(cells)} |"
+
+
+def _memory(about: dict[str, Any]) -> list[str]:
+    reading, over = about["peak_of_reading"], about["peak_of_prefill_over_model"]
+    layers, tokens = about["prefill"]["layers"], about["prefill"]["tokens"]
+    cells = {f"reading a text of {int(n):,} bytes": peak for n, peak in reading.items()}
+    for who, name in (("ours", "ours"), ("theirs", "transformers")):
+        case = f"Mamba-2 prefill, {layers} layers, {tokens:,} tokens, over the model: {name}"
+        cells[case] = over[who]
+    lines = [f"| {case} | {peak / 2**20:,.1f} |" for case, peak in cells.items()]
+    return ["| case | peak, MiB |", "|---|---|", *lines]
 
 
 def _source(name: str, environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{n} {v}" for n, v in environment["versions"].items() if v)
     return (
-        f"`{environment['command']}` ({environment['processor']}, {environment['cores']} cores, "
-        f"{versions}, {environment['date']}; best of interleaved rounds; "
-        f"[{name}](benchmarks/results/{name}))  "
+        f"`{environment['command']}`: {environment['processor']}, {environment['cores']} cores, "
+        f"{versions}, {environment['date']}; `benchmarks/results/{name}`."
     )

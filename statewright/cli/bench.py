@@ -7,18 +7,28 @@ from pathlib import Path
 
 import click
 
-_SUITES = ("scans", "layers", "decode", "matrix", "bounded")
-_SUITES += ("perplexity", "evaluation", "probes", "repairs", "resize", "training", "memory")
+SUITES = ("scans", "layers", "decode", "matrix", "bounded")
+SUITES += ("perplexity", "evaluation", "probes", "repairs", "resize", "training", "memory")
 
 
 @click.command()
-@click.option("--suite", multiple=True, type=click.Choice(_SUITES), default=_SUITES)
+@click.option("--suite", multiple=True, type=click.Choice(SUITES), default=SUITES)
 @click.option("--quick", is_flag=True, help="Small shapes, one second each: a smoke test.")
 @click.option("--threads", multiple=True, type=int, default=[1, 2], show_default=True)
 @click.option("--output-dir", type=click.Path(), help="Write one JSON file per suite there.")
-@click.option("--readme", type=click.Path(), help="Update the table in this file.")
-def bench(suite, quick: bool, threads, output_dir: str | None, readme: str | None) -> None:
+@click.option(
+    "--page",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Write the tables into this file, from --output-dir (docs/speed.md has places for them).",
+)
+def bench(suite, quick: bool, threads, output_dir: str | None, page: str | None) -> None:
     """Measure scans, layers, decoding and memory; peers that are not installed are left out."""
+    if page:
+        from statewright.bench.table import check_places, write_tables
+
+        if not output_dir:
+            raise click.UsageError("--page takes its tables from the files in --output-dir")
+        check_places(Path(page), suite)
     from rich.console import Console
 
     from statewright.bench import (
@@ -58,10 +68,8 @@ def bench(suite, quick: bool, threads, output_dir: str | None, readme: str | Non
             path.mkdir(parents=True, exist_ok=True)
             text = json.dumps(as_json(rows, about), indent=1) + "\n"
             (path / f"{name}.json").write_text(text, encoding="utf-8")
-    if readme and output_dir:
-        from statewright.bench.table import write_readme
-
-        write_readme(Path(readme), Path(output_dir))
+    if page and output_dir:
+        write_tables(Path(page), Path(output_dir))
 
 
 def _memory(console, quick: bool) -> dict:
