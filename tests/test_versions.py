@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import runpy
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -22,6 +25,7 @@ from statewright.models.generation import StateGenerationMixin
 from statewright.models.pretrained import StatewrightPreTrainedModel
 
 ROOT = Path(__file__).parents[1]
+SITE = "lib/python3/site-packages"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # Ours, transformers', and the private names of theirs that we define on purpose. Any other private
@@ -133,3 +137,80 @@ def test_private_names_of_transformers_that_we_take_over(ours, theirs, hooks: se
 @pytest.mark.parametrize(("theirs", "name"), READ, ids=lambda x: getattr(x, "__name__", x))
 def test_what_we_read_of_transformers_is_there(theirs, name: str) -> None:
     assert any(name in vars(base) for base in theirs.__mro__)
+
+
+def test_a_stopped_run_goes_on(script, tmp_path, capsys) -> None:
+    """What passed on this tree is not run again until all has; a failure is one line."""
+    ran: list[str] = []
+    broken = {"b"}
+
+    def step(name: str) -> None:
+        ran.append(name)
+        if name in broken:
+            raise subprocess.CalledProcessError(1, ["python", "-m", "pytest"])
+
+    def run(tree: str) -> list[str]:
+        ran.clear()
+        steps = {name: functools.partial(step, name) for name in "abc"}
+        return script["Progress"](tree, tmp_path / "new" / "progress.json").run(steps)
+
+    assert run("tree") == ["b: -m pytest ... failed"] and ran == ["a", "b", "c"]
+    said = capsys.readouterr().out
+    assert "[1/3] a: passed after 0 s" in said and "[2/3] b: failed after 0 s" in said
+    broken.clear()
+    assert run("other tree") == [] and ran == ["a", "b", "c"]
+    broken.add("b")
+    assert run("tree") and ran == ["a", "b", "c"]
+    broken.clear()
+    assert run("tree") == [] and ran == ["b"]
+    assert "[1/3] a: passed before, in 0 s" in capsys.readouterr().out
+    assert run("tree") == [] and ran == ["a", "b", "c"]
+
+
+def test_a_digest_knows_every_file_but_what_is_made(script, monkeypatch, tmp_path) -> None:
+    digest = script["digest"]
+    monkeypatch.setitem(digest.__globals__, "ROOT", tmp_path)
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    seen = {digest("folder", "file")}
+    for name in ("folder/deep/a.py", "folder/b.py", "file"):
+        for text in ("one", "two"):
+            (tmp_path / name).write_text(text)
+            seen.add(digest("folder", "file"))
+    assert len(seen) == 7
+    for name in ("folder/passed.json", "folder/deep/a.pyc", "folder/lib.so"):
+        (tmp_path / name).write_text("made")
+    assert digest("folder", "file") in seen
+
+
+def test_an_environment_is_kept_if_it_holds_the_same(script, monkeypatch, tmp_path) -> None:
+    kind, installed = script["Environment"], []
+    monkeypatch.setitem(kind.__init__.__globals__, "HOME", tmp_path)
+    monkeypatch.setattr(kind, "install", lambda self, *what: installed.append(what))
+    made = kind.__init__.__globals__["venv"]
+    monkeypatch.setattr(made, "create", lambda home, **_: (home / SITE).mkdir(parents=True))
+    first = kind("base", keep=("torch==1",))
+    kind("base", keep=("torch==1",))
+    assert installed == [("torch==1",)] and first.site == tmp_path / "base" / SITE
+    kind("base", keep=("torch==2",))
+    over = kind("over", first)
+    assert installed[1:] == [("torch==2",)]
+    assert (over.site / "zz_bases.pth").read_text() == f"{first.site}\n"
+    (first.home / "installed.json").unlink()  # stopped before the end
+    kind("base", keep=("torch==2",))
+    assert len(installed) == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("print('well')", "no error"),
+        ("import sys; sys.exit('a\\nb')", "b"),
+        ("1 / 0", "Traceback (most recent call last):"),
+        ("import sys; sys.exit(3)", "no message"),
+    ],
+)
+def test_what_a_command_without_its_extra_says(script, tmp_path, code: str, line: str) -> None:
+    bare = SimpleNamespace(home=tmp_path, python=sys.executable)
+    bare.run = functools.partial(script["Environment"].run, bare)
+    last_line = script["check_extra"].__globals__["last_line"]
+    assert last_line(bare, ["-c", code], tmp_path, {}) == line

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from environment import HOME, ROOT, Environment
 
 _SIZES = "--hidden-size 16 --num-layers 1 --num-steps 2 --num-lanes 2 --length 32"
 _COPY = "study selective-copy --length 8 --tokens 2 --num-steps 2 --num-eval 8 --system mingru/1"
@@ -78,7 +79,7 @@ WITHOUT: dict[str, list[str]] = {
 }
 
 
-def setup(environment: Any, work: Path) -> None:
+def setup(environment: Environment, work: Path) -> None:
     """A text, a model and rows of data in `work`, made without any extra."""
     work.mkdir(parents=True)
     (work / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
@@ -89,3 +90,36 @@ def setup(environment: Any, work: Path) -> None:
     story = {"document": "A fox jumps over a dog. " * 40, "questions": [asked]}
     (work / "dev.jsonl").write_text(json.dumps(story) + "\n")
     environment.run(*_cli(f"train --text book.txt --output-dir runs/base {_SIZES}"), cwd=work)
+
+
+def check_extra(name: str, wheel: str, torch: str, ready: Path, *bases: Environment) -> None:
+    """Run what the extra is for over `bases`, the first of which has no extra, and it alone.
+
+    Works in a copy of `ready`, which `setup` made. Raises CalledProcessError if a command fails,
+    ValueError if a command that lacks the extra does not end with one line that names it.
+    """
+    work = HOME / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(ready, work)
+    told = {"HF_HUB_OFFLINE": "1", "STATEWRIGHT_HOME": str(work)}
+    if name in WITHOUT:
+        said = last_line(bases[0], WITHOUT[name], work, told)
+        if not (said.startswith("statewright: ") and f"statewright[{name}]" in said):
+            raise ValueError(f"where it is not installed: {said}")
+    environment = Environment(f"extra-{name}", *bases)
+    environment.install(f"{wheel}[{name}]", torch)
+    for command in VERBS[name]:
+        words = [word.replace("{work}", str(work)) for word in command]
+        environment.run(*words, cwd=work, **told)
+    shutil.rmtree(environment.home)
+    shutil.rmtree(work)
+
+
+def last_line(bare: Environment, command: list[str], work: Path, told: dict[str, str]) -> str:
+    """What a command ends with on stderr, or its traceback's first line; it has to fail."""
+    try:
+        bare.run(*command, cwd=work, quiet=True, **told)
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or ["no message"]
+        return next((line for line in lines if line.startswith("Traceback")), lines[-1])
+    return "no error"

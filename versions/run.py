@@ -1,39 +1,43 @@
 """Run the tests that depend on other packages under the lowest and the newest versions of these.
 
-python versions/run.py [lowest] [newest] [torch] [extras]
+python versions/run.py [lowest] [newest] [torch] [extras] [--extra NAME]
 
 `pyproject.toml` alone says what is supported. Every environment lies in build/versions and holds
 our wheel, installed as a user would: lowest pins each dependency to its lower bound, newest takes
 what pip finds, both with the torch of constraints.txt; torch takes `TORCH` (gigabytes) and the
 newest of the rest; extras installs every extra alone and runs what it is for. `passed.json` beside
 this file records the versions under which everything passed. Exits with 1 if anything fails.
+
+A run that was stopped, or of which a part failed, goes on where it was if nothing that it depends
+on has changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
-import venv
+from collections.abc import Callable
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 sys.path.insert(0, str(Path(__file__).parent))
-from extras import VERBS, WITHOUT, setup
+from environment import HOME, ROOT, TREE, Environment, digest, wheel
+from extras import VERBS, check_extra, setup
 
-ROOT = Path(__file__).parents[1]
-HOME = ROOT / "build" / "versions"
 PASSED = Path(__file__).with_name("passed.json")
 TORCH = "2.14.1"
 TESTS = (
-    "laws generate hf keywords arguments contracts packing training_tools bounded bounded_generate "
-    "check bridge state_file session cli fetch peft"
+    "laws generate hf keywords arguments contracts packing positions training_tools compile "
+    "bounded bounded_generate bounded_positions bounded_threads check bridge state_file session "
+    "cli fetch peft quantised"
 ).split()
 TOOLS = ("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6")
 # Extras of the tests above.
@@ -65,60 +69,82 @@ def tested_torch() -> str:
     return re.search(r"^torch==\S+", text, re.M)[0]
 
 
-class Environment:
-    """A fresh virtual environment; its packages come before those of the `bases`, these in order.
-
-    So gigabytes of torch are installed once, and pip sees what the bases hold.
-    """
-
-    def __init__(self, name: str, *bases: Environment) -> None:
-        self.home = HOME / name
-        shutil.rmtree(self.home, ignore_errors=True)
-        venv.create(self.home, with_pip=True, symlinks=True)
-        self.python = self.home / "bin" / "python"
-        (self.site,) = self.home.glob("lib/python*/site-packages")
-        (self.site / "zz_bases.pth").write_text("".join(f"{base.site}\n" for base in bases))
-
-    def install(self, *what: str) -> None:
-        self.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what)
-
-    def run(self, *command: str, cwd: Path = ROOT, quiet: bool = False, **variables: str) -> None:
-        """Raises CalledProcessError if the command fails; quiet: with what it said."""
-        # A venv's console scripts, and no packages of whoever calls us.
-        path = f"{self.home / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **variables}
-        env.pop("PYTHONPATH", None)
-        subprocess.run(
-            [self.python, *command], check=True, cwd=cwd, env=env, capture_output=quiet, text=True
-        )
-
-    def versions(self) -> dict[str, str]:
-        names = [r.name for r in dependencies()]
-        code = "import json, sys; from importlib.metadata import version\n"
-        code += "print(json.dumps({n: version(n) for n in sys.argv[1:]}))"
-        ran = subprocess.run([self.python, "-c", code, *names], capture_output=True, check=True)
-        return json.loads(ran.stdout)
+@functools.cache
+def base(torch: str) -> Environment:
+    """torch and what runs the tests."""
+    return Environment(f"base-{torch.partition('==')[2]}", keep=(torch, *TOOLS))
 
 
-def wheel() -> str:
-    """Our wheel, built from this tree."""
-    place = HOME / "wheel"
-    shutil.rmtree(place, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", place, ROOT]
-    subprocess.run(command, check=True)
-    (found,) = place.glob("*.whl")
-    return str(found)
+@functools.cache
+def bare(ours: str) -> Environment:
+    """Our wheel without any extra."""
+    return Environment("bare", base(tested_torch()), keep=(ours, tested_torch()))
 
 
-def check_tests(environment: Environment) -> None:
+def check_versions(kind: str, ours: str) -> None:
+    """Install what `kind` says, run the tests there, record the versions if they pass."""
+    torch = f"torch=={TORCH}" if kind == "torch" else tested_torch()
+    environment = Environment(kind, base(torch))
+    environment.install(ours, *BESIDE, torch, *(lowest() if kind == "lowest" else []))
+    versions = environment.versions(*(r.name for r in dependencies()))
+    print(f"{kind}: {versions}", flush=True)
     files = [f"tests/test_{name}.py" for name in TESTS]
     options = ["-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
-    environment.run("-m", "pytest", *options, *files, HF_HUB_OFFLINE="1")
-
-
-def record(name: str, versions: dict[str, str]) -> None:
+    # The wheel is what is tested, not the tree that the tests lie in.
+    environment.run(*("-m", "pytest", *options, *files), HF_HUB_OFFLINE="1", PYTHONSAFEPATH="1")
     known = json.loads(PASSED.read_text()) if PASSED.exists() else {}
-    PASSED.write_text(json.dumps({**known, name: versions}, indent=2, sort_keys=True) + "\n")
+    PASSED.write_text(json.dumps({**known, kind: versions}, indent=2, sort_keys=True) + "\n")
+
+
+def check_one_extra(name: str, ours: str) -> None:
+    environment, ready = bare(ours), HOME / "ready" / Path(ours).parent.name
+    if not ready.is_dir():
+        shutil.rmtree(ready.parent, ignore_errors=True)
+        setup(environment, ready.with_suffix(".part"))
+        ready.with_suffix(".part").rename(ready)
+    check_extra(name, ours, tested_torch(), ready, environment, base(tested_torch()))
+
+
+class Progress:
+    """What has passed of a run that did not end well, as build/versions/progress.json."""
+
+    def __init__(self, tree: str, path: Path = HOME / "progress.json") -> None:
+        self.path, self.tree, self.seconds = path, tree, {}
+        if path.is_file():
+            known = json.loads(path.read_text())
+            self.seconds = known["seconds"] if known["tree"] == tree else {}
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps({"tree": self.tree, "seconds": self.seconds}))
+        part.replace(self.path)
+
+    def run(self, steps: dict[str, Callable[[], None]]) -> list[str]:
+        """Every step that has not passed; a line for each that fails."""
+        failed = []
+        for number, (name, step) in enumerate(steps.items(), 1):
+            head = f"[{number}/{len(steps)}] {name}"
+            if name in self.seconds:
+                print(f"{head}: passed before, in {self.seconds[name]:.0f} s", flush=True)
+                continue
+            print(f"{head} ...", flush=True)
+            start = time.monotonic()
+            try:
+                step()
+            except subprocess.CalledProcessError as error:
+                failed.append(f"{name}: {' '.join(map(str, error.cmd[1:6]))} ... failed")
+            except ValueError as error:
+                failed.append(f"{name}: {error}")
+            else:
+                self.seconds[name] = time.monotonic() - start
+                self._write()
+            ended = "failed" if name not in self.seconds else "passed"
+            print(f"{head}: {ended} after {time.monotonic() - start:.0f} s", flush=True)
+        if not failed:
+            self.seconds = {n: s for n, s in self.seconds.items() if n not in steps}
+            self._write()
+        return failed
 
 
 def main() -> int:
@@ -127,66 +153,19 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", choices=kinds, default=["lowest", "newest"])
     parser.add_argument("--extra", action="append", choices=list(VERBS), help="Only these extras.")
     chosen = parser.parse_args()
-    ours, failed = wheel(), []
-    base = Environment("base")
-    base.install(tested_torch(), *TOOLS)
+    ours, steps = wheel(), {}
     for kind in chosen.kinds:
-        try:
-            if kind == "extras":
-                failed += check_extras(base, ours, chosen.extra or list(VERBS))
-                continue
-            environment = Environment(kind, *([] if kind == "torch" else [base]))
-            pins = {"lowest": lowest(), "newest": [], "torch": [f"torch=={TORCH}", *TOOLS]}[kind]
-            keep = [] if kind == "torch" else [tested_torch()]
-            environment.install(ours, *BESIDE, *pins, *keep)
-            print(f"{kind}: {environment.versions()}", flush=True)
-            check_tests(environment)
-            record(kind, environment.versions())
-        except subprocess.CalledProcessError as error:
-            failed.append(f"{kind}: {' '.join(map(str, error.cmd[1:6]))} ... failed")
-    for line in failed:
-        print(line, file=sys.stderr)
-    return 1 if failed else 0
-
-
-def check_extras(base: Environment, ours: str, names: list[str]) -> list[str]:
-    """Each extra alone over an environment without any; one line per extra that fails."""
-    failed = []
-    bare = Environment("bare", base)
-    bare.install(ours, tested_torch())
-    work = HOME / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    setup(bare, work)
-    for name in names:
-        failed += [f"extra {name}, absent: {said}" for said in refused(bare, name, work)]
-        environment = Environment(f"extra-{name}", bare, base)
-        try:
-            environment.install(f"{ours}[{name}]", tested_torch())
-            for command in VERBS[name]:
-                words = [word.replace("{work}", str(work)) for word in command]
-                environment.run(*words, cwd=work, **home(work))
-            print(f"extra {name}: works alone", flush=True)
-        except subprocess.CalledProcessError as error:
-            failed.append(f"extra {name}: {' '.join(map(str, error.cmd[1:6]))} ... failed")
-        shutil.rmtree(environment.home)
-    return failed
-
-
-def home(work: Path) -> dict[str, str]:
-    return {"HF_HUB_OFFLINE": "1", "STATEWRIGHT_HOME": str(work)}
-
-
-def refused(bare: Environment, name: str, work: Path) -> list[str]:
-    """What a command says without its extra, if that is not a last line that names it."""
-    if name not in WITHOUT:
-        return []
+        if kind == "extras":
+            for name in chosen.extra or VERBS:
+                steps[f"extra {name}"] = functools.partial(check_one_extra, name, ours)
+        else:
+            steps[kind] = functools.partial(check_versions, kind, ours)
     try:
-        bare.run(*WITHOUT[name], cwd=work, quiet=True, **home(work))
-        return ["no error"]
-    except subprocess.CalledProcessError as error:
-        last = error.stderr.strip().splitlines()[-1]
-        named = last.startswith("statewright: ") and f"statewright[{name}]" in last
-        return [] if named and "Traceback" not in error.stderr else [last]
+        failed = Progress(digest(*TREE)).run(steps)
+    except KeyboardInterrupt:
+        failed = ["stopped; the same command goes on from here"]
+    print(*failed, sep="\n", end="\n" * bool(failed), file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
