@@ -1,10 +1,11 @@
 """Run transformers' conformance mixins on every mixer and compare with docs/conformance.md.
 
-python conformance/run.py [--source DIR] [--only MIXER ...]
+python conformance/run.py [--tests DIR] [--only MIXER ...]
 
-The tests of the installed transformers version are fetched once into build/conformance: with git
-from the tag, or else from PyPI's source distribution, which lacks the generation tests. Exits
-with 1 if a test fails that the page does not list, or one that it lists passes.
+The tests of the installed transformers are fetched once into build/conformance, with git from the
+tag. Where that fails they are PyPI's, without the generation tests, or those of DIR: a checkout of
+the tag, or its folder `tests`. Exits with 1 if a test fails that the page does not list, or one
+that it lists passes; the last lines say which tests ran.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "conformance.md"
+BUILD = ROOT / "build" / "conformance"
 REPOSITORY = "https://github.com/huggingface/transformers"
 Failures = set[tuple[str, str]]
 _ROW = re.compile(r"\| `(test_\w+)` \| ([\w, ]+) \| (.+) \|")
@@ -43,28 +46,71 @@ def differences(failed: Failures, known: Failures, passed: Failures) -> list[str
 
 
 def fetch(version: str) -> Path:
-    """The directory that holds transformers' `tests` of that version."""
-    home = ROOT / "build" / "conformance" / f"transformers-{version}"
-    if (home / "tests").is_dir():
-        return home
-    part = home.with_suffix(".part") / home.name
-    shutil.rmtree(part.parent, ignore_errors=True)
-    part.parent.mkdir(parents=True)
-    clone = ["git", "clone", "--quiet", "--depth=1", "--filter=blob:none", "--sparse"]
-    try:
-        subprocess.run([*clone, f"--branch=v{version}", REPOSITORY, part], check=True)
-        subprocess.run(["git", "-C", part, "sparse-checkout", "set", "tests"], check=True)
-    except (OSError, subprocess.CalledProcessError):
-        print(f"{REPOSITORY} cannot be cloned; PyPI's source holds no generation tests")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:"]
-        where = ["--dest", part.parent, f"transformers=={version}"]
-        subprocess.run([*pip, *where], check=True)
-        with tarfile.open(part.with_name(f"{part.name}.tar.gz")) as archive:
-            inside = [m for m in archive if m.name.startswith(f"{part.name}/tests/")]
-            archive.extractall(part.parent, inside, filter="data")
-    part.replace(home)
-    shutil.rmtree(part.parent)
+    """The directory that holds transformers' `tests` of that version, as far as it is to be had.
+
+    ValueError where neither GitHub nor PyPI has them.
+    """
+    home = BUILD / f"transformers-{version}"
+    if not (home / "tests").is_dir():
+        try:
+            _place(home, lambda part: _clone(version, part))
+        except (OSError, subprocess.SubprocessError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+            print(
+                f"{REPOSITORY}: {said}; taking PyPI's tests, which lack those of generation "
+                f"(--tests DIR takes a checkout of v{version})",
+                file=sys.stderr,
+            )
+            home = BUILD / f"pypi-{version}"
+            if not (home / "tests").is_dir():
+                try:
+                    _place(home, lambda part: _download(version, part))
+                except (OSError, subprocess.SubprocessError) as error:
+                    raise ValueError(f"PyPI has no source of transformers {version}") from error
     return home
+
+
+def _place(home: Path, fill: Callable[[Path], None]) -> None:
+    """`home` with all that `fill` writes, or not there."""
+    part = home.with_name(f"{home.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    fill(part)
+    part.replace(home)
+
+
+def _clone(version: str, home: Path) -> None:
+    options = ["--depth=1", "--filter=blob:none", "--sparse", f"--branch=v{version}"]
+    for words in (["clone", *options, REPOSITORY, "."], ["sparse-checkout", "set", "tests", "src"]):
+        subprocess.run(
+            ["git", *words], cwd=home, check=True, capture_output=True, text=True, timeout=900
+        )
+
+
+def _download(version: str, home: Path) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:"]
+        subprocess.run([*pip, "--dest", place, f"transformers=={version}"], check=True)
+        (archive,) = Path(place).glob("*.tar.gz")
+        with tarfile.open(archive) as source:
+            source.extractall(place, filter="data")
+        shutil.move(Path(place) / f"transformers-{version}" / "tests", home / "tests")
+
+
+def checkout(place: Path, version: str) -> Path:
+    """The directory that holds `tests` of a checkout, or of that folder; ValueError if neither.
+
+    A checkout whose package has another version than the one installed is refused too.
+    """
+    home = place.parent if place.name == "tests" else place
+    if not (home / "tests" / "test_modeling_common.py").is_file():
+        raise ValueError(f"--tests {place}: no tests/test_modeling_common.py there")
+    package = home / "src" / "transformers" / "__init__.py"
+    text = package.read_text(encoding="utf-8") if package.is_file() else ""
+    theirs = re.search(r'^__version__ = "(.+)"', text, re.M)
+    if theirs and theirs[1] != version:
+        raise ValueError(f"--tests {place}: transformers {theirs[1]}, but {version} is installed")
+    return home.resolve()
 
 
 class Outcomes:
@@ -111,19 +157,20 @@ def run(source: Path, only: list[str]) -> Outcomes:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="transformers' conformance tests on every mixer")
-    parser.add_argument(
-        "--source", type=Path, help="a checkout of transformers, or its `tests`' home"
-    )
+    parser.add_argument("--tests", type=Path, metavar="DIR", help="A checkout of transformers.")
     parser.add_argument("--only", nargs="+", default=[], metavar="MIXER")
     options = parser.parse_args()
-    import transformers
+    from transformers import __version__ as version
 
-    source = options.source or fetch(transformers.__version__)
-    if not (source / "tests" / "test_modeling_common.py").is_file():
-        parser.error(f"--source {source}: no tests/test_modeling_common.py there")
-    outcomes = run(source.resolve(), options.only)
+    try:
+        source = checkout(options.tests, version) if options.tests else fetch(version)
+    except ValueError as error:
+        parser.error(str(error))
+    outcomes = run(source, options.only)
     table = outcomes.table()
-    print(f"\ntransformers {transformers.__version__}: passed, failed, skipped")
+    whole = (source / "tests" / "generation" / "test_utils.py").is_file()
+    about = f"the tests in {source}" + ("" if whole else ", which lack those of generation")
+    print(f"\ntransformers {version}, {about}: passed, failed, skipped")
     for mixer, (passed, failed, skipped) in table.items():
         print(f"{mixer:10} {passed:5} {failed:5} {skipped:5}")
     known = known_failures(PAGE.read_text(encoding="utf-8"), table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,8 +66,47 @@ def test_a_failing_subtest_fails_its_test() -> None:
     assert outcomes.table() == {"gla": [1, 1, 1]}
 
 
-def test_a_source_without_tests_is_one_line(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["run.py", "--source", str(tmp_path)])
+def checkout(place: Path, version: str | None) -> Path:
+    (place / "tests").mkdir(parents=True)
+    (place / "tests" / "test_modeling_common.py").touch()
+    if version:
+        package = place / "src" / "transformers" / "__init__.py"
+        package.parent.mkdir(parents=True)
+        package.write_text(f'a = 1\n__version__ = "{version}"\n')
+    return place
+
+
+def test_a_folder_without_tests_is_one_line(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["run.py", "--tests", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         conformance.main()
     assert stop.value.code == 2 and "no tests/test_modeling_common.py" in capsys.readouterr().err
+
+
+def test_tests_of_another_version_are_refused(tmp_path) -> None:
+    same, other, unknown = (checkout(tmp_path / str(v), v) for v in ("5.1", "5.2", None))
+    for home in (same, unknown):
+        assert conformance.checkout(home, "5.1") == conformance.checkout(home / "tests", "5.1")
+    with pytest.raises(ValueError, match=r"transformers 5\.2, but 5\.1 is installed"):
+        conformance.checkout(other, "5.1")
+
+
+def test_without_github_one_line_says_what_is_missing(monkeypatch, tmp_path, capsys) -> None:
+    def unreachable(version: str, home: Path) -> None:
+        (home / "half").touch()
+        raise subprocess.CalledProcessError(128, "git", stderr="Cloning\nno such host")
+
+    monkeypatch.setattr(conformance, "BUILD", tmp_path)
+    monkeypatch.setattr(conformance, "_clone", unreachable)
+    monkeypatch.setattr(conformance, "_download", lambda _, home: (home / "tests").mkdir())
+    for _ in range(2):
+        home = conformance.fetch("5.1")
+        assert home == tmp_path / "pypi-5.1" and (home / "tests").is_dir()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "no such host" in line and "--tests DIR takes a checkout of v5.1" in line
+    monkeypatch.setattr(conformance, "_download", unreachable)
+    with pytest.raises(ValueError, match=r"PyPI has no source of transformers 5\.2"):
+        conformance.fetch("5.2")
+    monkeypatch.setattr(conformance, "_clone", lambda _, home: (home / "tests").mkdir())
+    assert conformance.fetch("5.1") == tmp_path / "transformers-5.1"
+    assert capsys.readouterr().err.count("\n") == 1
