@@ -82,5 +82,5 @@ def cure(console: Any, sick: Collapsed, rest: Any) -> None:
         f"[bold]{after[1]:.2f}[/bold], inside the training length {found.before.inside:.2f} -> "
         f"{found.after.inside:.2f}"
     )
-    sick.model.config.policy = None if found.policy == "none" else found.policy
+    sick.model.config.policy = found.policy if found.succeeded else None
     sick.model.save_pretrained(sick.directory.with_name("repaired"))

@@ -1,4 +1,4 @@
-"""The remedy with training: a few hundred steps in which states are passed on."""
+"""The repair with training: a few hundred steps in which states are passed on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from statewright.diagnosis.repair import Repair, check_finite, try_policy
 from statewright.train.config import TrainConfig
 from statewright.train.data import Corpus
+from statewright.train.distributed import TrainingStopped
 from statewright.train.loop import Run
 
 RESET_SHARE = 0.02
@@ -52,3 +56,28 @@ def pass_states(
     run = Run(model, tokenizer, corpus, None, config, Path(directory), listen=listen)
     run.train()
     return model.eval()
+
+
+def repair_by_training(
+    model: Any,
+    tokenizer: Any,
+    corpus: Corpus,
+    report: Tensor,
+    train_length: int,
+    config: TrainConfig,
+    directory: str | Path,
+    listen: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> Repair:
+    """Pass states on (see `pass_states`); losses on `report` (B, N), before and after.
+
+    The model is changed in place, whether it succeeds or not (`Repair.succeeded`). Raises
+    ValueError for losses inside the training length, or in training, that are not finite.
+    """
+    before = try_policy(model, report, train_length, "none")
+    check_finite(before)
+    try:
+        pass_states(model, tokenizer, corpus, config, directory, listen)
+    except TrainingStopped as stop:
+        raise ValueError(str(stop)) from stop
+    after = try_policy(model, report, train_length, "none")
+    return Repair(f"train:{config.num_steps}", train_length, (), before, after)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 from statewright.diagnosis.runner import Runner
 from statewright.diagnosis.schedule import Schedule, rows_at, schedule_for
 from statewright.evaluation.losses import nats
+from statewright.intervals import Estimate, estimate, stratified
 from statewright.models.calibration import calibrate
 from statewright.policies import build_policy, policy_spec
 
-# A repair may cost this much of the loss inside the training length.
+# A repair may cost this much of the loss inside the training length, and must gain as much beyond.
 DAMAGE = 1.02
 # Horizons 1 / (1 - decay) in training lengths, those near one first; shares that are written.
 HORIZONS = (1.0, 2.0, 0.5, 4.0, 0.25, 8.0, 16.0)
@@ -37,23 +38,50 @@ class Trial:
     """One policy: the loss inside the training length, and beyond it, in nats per token.
 
     beyond: the mean over octaves of the length, each counting the same. octaves: (tokens, loss).
+    windows: the loss of each window inside. pieces: of each half training length of each row
+    beyond, by octave; two trials on one text are compared piece by piece.
     """
 
     policy: str
     inside: float
     beyond: float
     octaves: tuple[tuple[int, float], ...]
+    windows: tuple[float, ...] = field(default=(), repr=False)
+    pieces: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
 
     def damage(self, plain: Trial) -> float:
         """The loss inside the training length, by that of the model as it is."""
         return self.inside / max(plain.inside, 1e-9)
+
+    def change(self, plain: Trial) -> float:
+        """How far the windows inside are from those of the model as it is: the mean of |loss|."""
+        return estimate([abs(a - b) for a, b in zip(self.windows, plain.windows)]).mean
+
+    def against(self, other: Trial) -> Estimate:
+        """The loss beyond less another's, piece by piece, and its 95 % interval."""
+        pairs = zip(self.pieces, other.pieces)
+        return stratified([[a - b for a, b in zip(*octave)] for octave in pairs])
+
+    def gains(self, other: Trial, least: float = 0.0) -> bool:
+        """Whether it is finite, and lower beyond than the other by more than `least`, a share of
+        the other's loss: the whole 95 % interval of the paired differences lies there."""
+        if not (math.isfinite(self.inside) and math.isfinite(self.beyond)):
+            return False
+        high = self.against(other).high
+        known = high is not None and high < -least * other.beyond
+        return known or not math.isfinite(other.beyond)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Without what is compared piece by piece."""
+        names = ("policy", "inside", "beyond", "octaves")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class Repair:
     """What was tried on one text, and the choice before and after on another.
 
-    policy: "none" if nothing helped within the damage allowed.
+    policy: "none" if nothing helped within the damage allowed, `train:N` for N steps of training.
     """
 
     policy: str
@@ -62,8 +90,34 @@ class Repair:
     before: Trial
     after: Trial
 
+    @property
+    def gain(self) -> Estimate:
+        """The change of the loss beyond, in nats, and its 95 % interval."""
+        return self.after.against(self.before)
+
+    @property
+    def succeeded(self) -> bool:
+        return self.policy != "none" and improves(self.after, self.before)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether what is carried on does no harm: no window over the state gains 2 %."""
+        windows = [t for t in self.trials if t.policy.startswith("statewindow")]
+        harmless = windows and not any(t.gains(self.trials[0], DAMAGE - 1) for t in windows)
+        return self.policy == "none" and bool(harmless)
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON."""
+        return {
+            "policy": self.policy,
+            "succeeded": self.succeeded,
+            "healthy": self.healthy,
+            "train_length": self.train_length,
+            "gain": asdict(self.gain),
+            "trials": [trial.as_dict() for trial in self.trials],
+            "before": self.before.as_dict(),
+            "after": self.after.as_dict(),
+        }
 
 
 @torch.no_grad()
@@ -78,14 +132,16 @@ def repair(
     """Try the mitigations on ids `search` (B, N); measure the choice on `report` (B', N').
 
     The norms that StateNorm needs are measured on `search` and kept with the model
-    (`models.calibration`). Chosen is the smallest loss beyond the training length among those
-    within 2 % of the model's loss inside it. Raises ValueError for texts of less than two training
-    lengths, an unknown kind, and a model without a linear recurrence.
+    (`models.calibration`). `choose` says which is chosen; "none" stays where its gain does not
+    hold on `report`. Raises ValueError for texts of less than two training lengths, an unknown
+    kind, a model without a linear recurrence, and losses inside the training length that are not
+    finite.
     """
     schedule = schedule_for(search, train_length, model.config.vocab_size)
     schedule_for(report, train_length, model.config.vocab_size)
     calibrate(model, _windows(search, schedule)[:, :-1].long())
     plain = try_policy(model, search, train_length, "none")
+    check_finite(plain)
     listen(plain)
     trials = [plain]
     for policy in candidates(model, train_length, kinds):
@@ -96,15 +152,38 @@ def repair(
     best = choose(trials)
     before = try_policy(model, report, train_length, "none")
     after = before if best == "none" else try_policy(model, report, train_length, best)
+    if not improves(after, before):
+        best, after = "none", before
     return Repair(best, train_length, tuple(trials), before, after)
 
 
-def choose(trials: list[Trial]) -> str:
-    """The best policy beyond the training length that spares what is inside it; "none" else."""
+def improves(trial: Trial, plain: Trial) -> bool:
+    """Whether it gains more than 2 % beyond the training length, and costs no more inside it."""
+    return trial.gains(plain, DAMAGE - 1) and trial.damage(plain) <= DAMAGE
+
+
+def choose(trials: Sequence[Trial]) -> str:
+    """The policy that improves most on the first trial, the model as it is; "none" if none does.
+
+    Those that the best one does not beat by more than the 95 % interval tie with it; the mildest of
+    them, which changes the losses inside the training length least, is chosen.
+    """
     plain = trials[0]
-    spared = [t for t in trials if t.damage(plain) <= DAMAGE and math.isfinite(t.beyond)]
-    best = min(spared, key=lambda t: t.beyond, default=plain)
-    return best.policy if best.beyond < plain.beyond else "none"
+    better = [t for t in trials[1:] if improves(t, plain)]
+    if not better:
+        return "none"
+    best = min(better, key=lambda t: t.beyond)
+    ties = [t for t in better if not best.gains(t)]
+    return min(ties, key=lambda t: t.change(plain)).policy
+
+
+def check_finite(plain: Trial) -> None:
+    """ValueError where the model is broken inside its training length, which no repair mends."""
+    if not math.isfinite(plain.inside):
+        raise ValueError(
+            f"the loss inside the training length is {plain.inside}, expected a finite one: the "
+            "model's weights are broken"
+        )
 
 
 def candidates(model: Any, train_length: int, kinds: Iterable[str] = KINDS) -> Iterator[str]:
@@ -134,20 +213,29 @@ def try_policy(model: Any, ids: Tensor, train_length: int, policy: str) -> Trial
     """Losses under a policy: of windows from an empty state, and of ids (B, N) in one go."""
     run = Runner(model, policy)
     schedule = schedule_for(ids, train_length, run.vocab_size)
-    inside = float(run.windows(_windows(ids, schedule)).mean())
-    sums: dict[int, list[float]] = {}
+    windows = run.windows(_windows(ids, schedule)).double().mean(1)
+    beyond: dict[int, list[Tensor]] = {}
     state = None
     for call in schedule.calls():
         piece = ids[:, call.begin : call.end + 1]
         out = run(piece[:, :-1], state)
         state = out.state
         if call.octave >= 0:
-            total = sums.setdefault(call.octave, [0.0, 0.0])
-            losses = nats(out.logits, piece[:, 1:]).double()
-            total[0] += float(losses.sum())
-            total[1] += losses.numel()
-    octaves = tuple((schedule.octave(n)[1], a / b) for n, (a, b) in sorted(sums.items()))
-    return Trial(policy, inside, sum(loss for _, loss in octaves) / len(octaves), octaves)
+            beyond.setdefault(call.octave, []).append(nats(out.logits, piece[:, 1:]).cpu())
+    losses = [torch.cat(parts, 1).double() for _, parts in sorted(beyond.items())]
+    ends = [schedule.octave(n)[1] for n in sorted(beyond)]
+    octaves = tuple((end, float(x.mean())) for end, x in zip(ends, losses))
+    mean = sum(loss for _, loss in octaves) / len(octaves)
+    pieces = tuple(_pieces(x, max(1, train_length // 2)) for x in losses)
+    inside, each = float(windows.mean()), tuple(windows.tolist())
+    return Trial(policy, inside, mean, octaves, each, pieces)
+
+
+def _pieces(losses: Tensor, length: int) -> tuple[float, ...]:
+    """Means of losses (B, T) over whole pieces of a length, or over the row if it is shorter."""
+    length = min(length, losses.shape[1])
+    whole = losses[:, : losses.shape[1] // length * length]
+    return tuple(whole.unflatten(1, (-1, length)).mean(2).flatten().tolist())
 
 
 def _windows(ids: Tensor, schedule: Schedule) -> Tensor:
@@ -176,5 +264,5 @@ def _scales_per_layer(
             trial = try_policy(model, ids, train_length, spec)
             listen(trial)
             yield trial
-            if trial.beyond < best.beyond and trial.damage(plain) <= DAMAGE:
+            if trial.gains(best) and trial.damage(plain) <= DAMAGE:
                 best, factors = trial, changed
