@@ -42,9 +42,9 @@ def main() -> None:
 
 def fill(arguments: argparse.Namespace) -> None:
     from statewright.bench.protocol import environment
-    from statewright.checks.load import load_any
     from statewright.cli.common import quiet_libraries
     from statewright.hf.pretrained import locate
+    from statewright.models.any_model import load_any
     from statewright.models.tokenizers import saved_tokenizer
     from statewright.studies.books import Book, Plan, cells
     from statewright.studies.cells import run_cells

@@ -26,8 +26,8 @@ import torch
 
 import statewright
 from statewright.diagnosis.controls import Control, saved_control
-from statewright.diagnosis.diagnosis import rows_of
 from statewright.diagnosis.passing import pass_states, passing_config
+from statewright.diagnosis.prompts import rows_of
 from statewright.diagnosis.reading import read
 from statewright.diagnosis.repair import try_policy
 from statewright.models.calibration import calibrate

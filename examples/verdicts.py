@@ -17,7 +17,7 @@ import torch
 from statewright.diagnosis import diagnose
 from statewright.diagnosis.cases import cases, confusion
 from statewright.diagnosis.controls import Control
-from statewright.diagnosis.diagnosis import rows_of
+from statewright.diagnosis.prompts import rows_of
 from statewright.diagnosis.verdict import VERDICTS
 from statewright.models.tokenizers import byte_tokenizer
 from statewright.text_file import read_text

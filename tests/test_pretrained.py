@@ -12,11 +12,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from statewright.checks.load import load_any
 from statewright.cli import main
 from statewright.evaluation import paired, token_losses
 from statewright.hf import pretrained
 from statewright.hf.pretrained import cache_directory, locate
+from statewright.models.any_model import load_any
 from statewright.models.tokenizers import byte_tokenizer, saved_tokenizer
 
 SMOLLM = pretrained.PRETRAINED["smollm2-135m"]

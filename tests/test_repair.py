@@ -15,8 +15,8 @@ import torch
 import statewright
 from statewright.cli import main
 from statewright.diagnosis.controls import Control, saved_control, train_control
-from statewright.diagnosis.diagnosis import rows_of
 from statewright.diagnosis.passing import pass_states, passing_config
+from statewright.diagnosis.prompts import rows_of
 from statewright.diagnosis.repair import Trial, candidates, choose, repair, try_policy
 from statewright.models.calibration import FILE
 from statewright.models.tokenizers import byte_tokenizer

@@ -14,8 +14,8 @@ from statewright.cli import main
 from statewright.diagnosis import diagnose, judge
 from statewright.diagnosis.cases import cases, confusion, into_digits
 from statewright.diagnosis.controls import Control, saved_control, scale_decay, untrained
-from statewright.diagnosis.diagnosis import rows_of
 from statewright.diagnosis.gates import GateReport
+from statewright.diagnosis.prompts import rows_of
 from statewright.diagnosis.reading import Comparison, Reading
 from statewright.diagnosis.remembrance import Remembrance
 from statewright.diagnosis.stream import Bucket, Layer
@@ -166,7 +166,7 @@ def test_the_training_length_is_recorded_or_asked_for(tmp_path) -> None:
     config = untrained(SMALL).config
     assert train_length_of(None, config, None) == 64 and train_length_of(8, config, None) == 8
     del config.train_length
-    with pytest.raises(ValueError, match="give --train-length"):
+    with pytest.raises(ValueError, match="give train_length=N"):
         train_length_of(None, config, tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"config": {"length": 128}}))
     assert known_train_length(config, tmp_path) == (128, "run.json")

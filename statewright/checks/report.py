@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from statewright.checks.checks import CHECKS, LENGTH, Trial
 from statewright.checks.runner import Unsupported
+from statewright.models.any_model import opened
 
 OK, WRONG, RAISES, UNSUPPORTED = "ok", "WRONG", "raises", "not supported"
 REQUIRED = ("fold", "chunk", "fork", "save")
@@ -30,7 +32,7 @@ class Cell:
 
     @property
     def text(self) -> str:
-        near = self.verdict == OK and self.error > LIMIT / 10
+        near = self.verdict == OK and (self.error or 0) > LIMIT / 10
         return f"{self.verdict} {self.error:.1g}" if near or self.verdict == WRONG else self.verdict
 
 
@@ -55,24 +57,34 @@ class Report:
         return {"name": self.name, "model": self.model, "checks": cells}
 
 
-def check(model: nn.Module, name: str, names: Sequence[str] = tuple(CHECKS)) -> Report:
-    """Run the named checks on a causal LM, ours or transformers'; the model is left unchanged.
+def check(
+    model: nn.Module | str | Path, name: str | None = None, names: Sequence[str] = tuple(CHECKS)
+) -> Report:
+    """Run checks on the state of a causal LM, ours or transformers'; the model is left unchanged.
 
-    Raises ValueError for an unknown check, for a model that takes no cache, and if even the
+    model: the model, or a directory or id, read in float32. name: what the report calls it.
+    names: of the checks (docs/check.md). `report.failed()` lists those that must be ok and are
+    not. Raises ValueError for an unknown check, for a model that takes no cache, and if even the
     shortest useful input runs out of memory (saying what fits).
+
+    >>> model = StatewrightForCausalLM(StatewrightConfig(hidden_size=8, num_hidden_layers=2))
+    >>> check(model, names=["fold", "chunk"]).failed(["fold", "chunk"])
+    []
     """
     unknown = sorted(set(names) - set(CHECKS))
     if unknown:
         raise ValueError(f"check: no check {unknown[0]!r} (known: {', '.join(CHECKS)})")
-    training = model.training
+    name = name or (str(model) if isinstance(model, str | Path) else "model")
+    net: nn.Module = opened(model)
+    training = net.training
     try:
-        trial = Trial(model)
+        trial = Trial(net)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _must_fit(trial)
             cells = {n: _cell(trial, n) for n in names}
     finally:
-        model.train(training)
+        net.train(training)
     return Report(name, trial.run.name, cells)
 
 
@@ -107,11 +119,11 @@ def _cell(trial: Trial, name: str) -> Cell:
         error = CHECKS[name](trial)
     except Unsupported as reason:
         return Cell(UNSUPPORTED, note=str(reason))
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise ValueError(f"check: out of memory in {name!r}; try a smaller --dtype") from error
+    except Exception as raised:
+        if is_out_of_memory(raised):
+            raise ValueError(f"check: out of memory in {name!r}; try a smaller --dtype") from raised
         # Whatever a foreign model raises is the finding, not our failure.
-        return Cell(RAISES, note=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return Cell(RAISES, note=f"{type(raised).__name__}: {' '.join(str(raised).split())[:200]}")
     return Cell(OK if error <= limit else WRONG, error)
 
 

@@ -100,7 +100,7 @@ def _models(model: str | None, options: dict[str, Any]) -> Any:
     if model is not None:
         import torch
 
-        from statewright.checks.load import load_any
+        from statewright.models.any_model import load_any
 
         name = options["dtype"]
         dtype = None if name == "auto" else getattr(torch, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,6 @@ import click
 from statewright.cli.types import COUNT, MODEL, POLICY, POSITIVE, TEXT, Names
 
 _STYLES = {"healthy": "green", "collapse": "bold red", "amnesia": "bold red", "data": "yellow"}
-_DEFAULT_LENGTH = 64 * 1024
 
 
 @click.command()
@@ -45,6 +45,7 @@ def diagnose(model: str, text: str, policy: str | None, report: str | None, **op
     from rich.console import Console
 
     from statewright.cli.common import quiet_libraries
+    from statewright.diagnosis.prompts import rows_of_text
     from statewright.diagnosis.train_length import train_length_of
     from statewright.models.tokenizers import saved_tokenizer
     from statewright.policies import build_policy
@@ -55,7 +56,7 @@ def diagnose(model: str, text: str, policy: str | None, report: str | None, **op
     net = load_model(model)
     train_length = train_length_of(options["train_length"], net.config, model)
     tokenizer = saved_tokenizer(model)
-    ids = _ids(text, tokenizer, options["length"], options["rows"])
+    ids = rows_of_text(Path(text), tokenizer, options["length"], options["rows"])
     runs = [None] if policy is None else [None, policy]
     with _bar(Console(stderr=True), ids.shape[1] * len(prompts) * len(runs)) as progress:
         found = [
@@ -76,37 +77,15 @@ def diagnose(model: str, text: str, policy: str | None, report: str | None, **op
 
 
 def load_model(model: str) -> Any:
-    """Ours, or converted to ours where we know the family (its gates are seen then), or a host."""
-    from statewright.checks.load import load_any
-    from statewright.models import load
-    from statewright.models.convert import FAMILIES
-    from statewright.models.load import read_config
+    """Ours, converted to ours, or a host; what could not be converted is said in one line."""
+    from statewright.models.any_model import load_probed
 
-    if (Path(model) / "config.json").is_file():
-        kind = read_config(Path(model)).get("model_type")
-        if kind in FAMILIES:
-            try:
-                return load(model, "float32")
-            except ValueError as error:
-                click.echo(f"read through transformers, its gates unseen ({error})", err=True)
-    return load_any(model)
-
-
-def _ids(text: str, tokenizer: Any, length: int | None, num_rows: int) -> Any:
-    """(rows, length + 1): the last token is only predicted."""
-    from statewright.diagnosis.diagnosis import rows_of
-    from statewright.diagnosis.prompts import text_ids
-
-    wanted = (length or _DEFAULT_LENGTH) + 1
-    tokens = text_ids(text, tokenizer, wanted if num_rows == 1 else None)
-    if length is None:
-        wanted = min(wanted, len(tokens) // num_rows)
-    elif num_rows * wanted > len(tokens):
-        raise ValueError(
-            f"{text} has {len(tokens):,} tokens, fewer than {num_rows} x {length:,} + {num_rows}; "
-            "give a smaller --length, or none to read what there is"
-        )
-    return rows_of(tokens, wanted, num_rows)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        net = load_probed(model)
+    for note in notes:
+        click.echo(str(note.message), err=True)
+    return net
 
 
 def _diagnose(

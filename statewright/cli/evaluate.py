@@ -90,9 +90,9 @@ def eval_(
     """
     import torch
 
-    from statewright.checks.load import load_any
     from statewright.cli.common import quiet_libraries
     from statewright.evaluation import Plan, run_bytes, run_plan
+    from statewright.models.any_model import load_any
     from statewright.models.tokenizers import saved_tokenizer
 
     quiet_libraries()

@@ -35,11 +35,11 @@ from statewright.cli.types import BOUND, COUNT, MODEL, POSITIVE
 @click.option("--output", type=click.Path(dir_okay=False), help="Results file (JSON).")
 def lm_eval(model: str, tasks: str, output: str | None, **options: Any) -> None:
     """Run lm-eval (extra `lm-eval`) with the policy applied in every call of the model."""
-    from statewright.checks.load import load_any
     from statewright.cli.common import quiet_libraries
     from statewright.evaluation import environment
     from statewright.evaluation.context import build_bound
     from statewright.evaluation.harness import Harness, run_harness
+    from statewright.models.any_model import load_any
     from statewright.models.tokenizers import saved_tokenizer
 
     quiet_libraries()

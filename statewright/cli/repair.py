@@ -11,10 +11,6 @@ import click
 
 from statewright.cli.types import COUNT, MODEL, POSITIVE, TEXT, Names, Number
 
-_DEFAULT_LENGTHS = 128
-# Rows stand in the first so many times the tokens that they read; the rest is not tokenised.
-_SPREAD = 8
-
 
 @click.command()
 @click.argument("model", type=MODEL)
@@ -52,6 +48,8 @@ def repair(model: str, text: str, output_dir: str, **options: Any) -> None:
     by the same rule. Where nothing counts, nothing is saved.
     """
     from statewright.cli.common import quiet_libraries
+    from statewright.diagnosis.prompts import two_texts
+    from statewright.diagnosis.repair import LENGTHS
     from statewright.diagnosis.train_length import train_length_of
     from statewright.models import load
     from statewright.models.tokenizers import saved_tokenizer
@@ -62,8 +60,9 @@ def repair(model: str, text: str, output_dir: str, **options: Any) -> None:
         raise ValueError(f"{directory}: not empty; choose another --output-dir")
     net, tokenizer = load(model, "float32"), saved_tokenizer(model)
     train_length = train_length_of(options["train_length"], net.config, model)
-    length = options["length"] or _DEFAULT_LENGTHS * train_length
-    search, report = _texts(text, options["report_text"], tokenizer, length, options["rows"])
+    length = options["length"] or LENGTHS * train_length
+    other = options["report_text"] and Path(options["report_text"])
+    search, report = two_texts(Path(text), other, tokenizer, length, options["rows"])
     if options["num_steps"]:
         found = _train(net, tokenizer, text, directory, train_length, report, options)
     else:
@@ -80,22 +79,6 @@ def repair(model: str, text: str, output_dir: str, **options: Any) -> None:
         click.echo(json.dumps(record, indent=1))
         return
     _show(found, saved)
-
-
-def _texts(text: str, other: str | None, tokenizer: Any, length: int, rows: int) -> Any:
-    """(rows, length + 1) to search on and to report on: halves of one text, or two texts."""
-    from statewright.diagnosis.diagnosis import rows_of
-    from statewright.diagnosis.prompts import text_ids
-
-    most = _SPREAD * rows * (length + 1)
-    tokens = text_ids(text, tokenizer, most)
-    if other is None:
-        half = len(tokens) // 2
-        parts = [tokens[:half], tokens[half:]]
-    else:
-        parts = [tokens, text_ids(other, tokenizer, most)]
-    lengths = [min(length + 1, len(part) // rows) for part in parts]
-    return [rows_of(part, size, rows) for part, size in zip(parts, lengths)]
 
 
 def _search(net: Any, search: Any, report: Any, train_length: int, only: str | None) -> Any:

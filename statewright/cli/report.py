@@ -46,10 +46,10 @@ def trace(
 
     Without a policy, and under each one given. `statewright report` draws the file.
     """
-    from statewright.checks.load import load_any
     from statewright.cli.common import quiet_libraries
     from statewright.diagnosis.prompts import text_ids
     from statewright.evaluation.measure import environment
+    from statewright.models.any_model import load_any
     from statewright.models.tokenizers import saved_tokenizer
     from statewright.policies import build_policy
     from statewright.report.trace import trace as run
@@ -59,7 +59,7 @@ def trace(
     for policy in policies:
         build_policy(policy)  # a wrong one is refused before anything is loaded
     net, tokenizer = load_any(model), saved_tokenizer(model)
-    ids = text_ids(text, tokenizer, length).long()
+    ids = text_ids(Path(text), tokenizer, length).long()
     tokens = token_labels(tokenizer, ids)
     found = run(net, ids.to(net.device), tokens, policies, every)
     about: dict[str, Any] = {"model": Path(model).name, "text": Path(text).name}

@@ -239,7 +239,7 @@ def _bounded_table(report: dict[str, Any]) -> None:
 
 
 def _is_ours(model: str) -> bool:
-    from statewright.checks.load import is_ours
+    from statewright.models.any_model import is_ours
     from statewright.models.load import read_config
 
     path = Path(model)
@@ -269,8 +269,8 @@ def _peak(model: str | None, family: str | None, options: dict[str, Any]) -> dic
 
 
 def _net(model: str | None, family: str | None, options: dict[str, Any]) -> Any:
-    from statewright.checks.load import load_any
     from statewright.hf.families import tiny
+    from statewright.models.any_model import load_any
 
     if model is None:
         return tiny(family)

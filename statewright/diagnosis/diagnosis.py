@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from statewright.diagnosis.prompts import PROMPTS, prompt_ids
+from statewright.diagnosis.prompts import PROMPTS, prompt_ids, rows_of_text
 from statewright.diagnosis.reading import Reading, read
 from statewright.diagnosis.remembrance import Remembrance, remembrance
 from statewright.diagnosis.schedule import Schedule, rows_at
+from statewright.diagnosis.train_length import train_length_of
 from statewright.diagnosis.verdict import Verdict, judge, words
 from statewright.hf.host import as_host
+from statewright.models.any_model import opened, tokenizer_of
 from statewright.policies import Policy
 
 Progress = Callable[[str, int], None]
@@ -54,23 +56,38 @@ class Diagnosis:
 
 def diagnose(
     model: Any,
-    ids: Tensor,
-    train_length: int,
+    text: str | Path | Tensor,
+    train_length: int | None = None,
     tokenizer: Any = None,
     prompts: Sequence[str] = ("text",),
     policy: Policy | str | None = None,
-    name: str = "model",
+    name: str | None = None,
     progress: Progress = lambda prompt, tokens: None,
 ) -> Diagnosis:
-    """Read ids (B, N) and as many tokens of each other prompt (`prompts.PROMPTS`), and judge.
+    """Whether a recurrent model forgets too little, too much, or reads on for ever.
 
-    model: ours or any causal LM of transformers; train_length in tokens; tokenizer: for prompts
-    other than "text". `progress(prompt, tokens)` after every call. Raises ValueError as `read`.
+    model: ours, any causal LM of transformers, or a directory or id. text: the text itself, the
+    Path of a file (its first 64k tokens are read), or ids (B, N). train_length, in tokens: None for
+    the recorded one. tokenizer: None for the one saved with the model. prompts: others beside
+    "text" (`prompts.PROMPTS`) are read as witnesses. `progress(prompt, tokens)` after every call.
+    Raises ValueError for a text of less than two training lengths, an unknown prompt, a model
+    without recurrent layers, a policy on a model that is not ours, and losses that are not finite.
+
+    >>> shape = dict(hidden_size=8, num_hidden_layers=1, mixer="mamba2:head_dim=8")
+    >>> model = StatewrightForCausalLM(StatewrightConfig(**shape))
+    >>> found = diagnose(model, "to be or not to be " * 20, 16, byte_tokenizer())
+    >>> found.text.reading.length, found.verdict.name
+    (379, 'healthy')
     """
-    host = as_host(model).eval()
     for prompt in prompts:
         if prompt not in PROMPTS:
             raise ValueError(f"prompt {prompt!r}, expected one of {', '.join(PROMPTS)}")
+    place = str(model) if isinstance(model, str | Path) else None
+    if not isinstance(text, Tensor) or {*prompts} - {"text"}:
+        tokenizer = tokenizer_of(model, tokenizer)
+    ids = text if isinstance(text, Tensor) else rows_of_text(text, tokenizer)
+    host = as_host(opened(model, probed=True)).eval()
+    train_length = train_length_of(train_length, host.config, place)
     reading = _read(host, ids, train_length, policy, "text", progress)
     schedule = Schedule(reading.length, train_length)
     starts = schedule.first_windows()[:_MOST_WINDOWS]
@@ -83,7 +100,7 @@ def diagnose(
             found = _read(host, other, train_length, policy, prompt, progress)
             others.append(_examined(prompt, found, ()))
     return Diagnosis(
-        model=name,
+        model=name or place or "model",
         parameters=sum(p.numel() for p in host.parameters()),
         text=_examined("text", reading, remembered),
         others=tuple(others),
@@ -122,16 +139,3 @@ def _plain(value: Any) -> Any:
             return None
         return float(f"{value:.{_DIGITS}g}")
     return value
-
-
-def rows_of(tokens: Tensor, length: int, num_rows: int) -> Tensor:
-    """ids (num_rows, length) from different places of a text (N,), the first from its start.
-
-    Raises ValueError if they do not fit side by side.
-    """
-    if num_rows * length > len(tokens):
-        raise ValueError(
-            f"{num_rows} rows of {length:,} tokens do not fit into a text of {len(tokens):,}"
-        )
-    stride = (len(tokens) - length) // max(1, num_rows - 1)
-    return torch.stack([tokens[i * stride : i * stride + length] for i in range(num_rows)])

@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from statewright.diagnosis.prompts import two_texts
 from statewright.diagnosis.runner import Runner
 from statewright.diagnosis.schedule import Schedule, rows_at, schedule_for
+from statewright.diagnosis.train_length import train_length_of
 from statewright.evaluation.losses import nats
+from statewright.hf.pretrained import locate
 from statewright.intervals import Estimate, estimate, stratified
+from statewright.models import StatewrightForCausalLM, load
+from statewright.models.any_model import tokenizer_of
 from statewright.models.calibration import calibrate
 from statewright.policies import build_policy, policy_spec
 
@@ -28,6 +34,8 @@ FACTORS = (0.9, 0.75, 0.5, 0.25)
 _STEPS = (0.7, 1.4)
 # Tokens of a state's rescaling; the paper's code has 128, the training length may be shorter.
 _EVERY = 64
+# Of a text: so many rows of so many training lengths.
+ROWS, LENGTHS = 4, 128
 KINDS = ("forgetmore", "statenorm", "statewindow", "deltascale")
 
 Listener = Callable[["Trial"], None]
@@ -122,21 +130,37 @@ class Repair:
 
 @torch.no_grad()
 def repair(
-    model: Any,
-    search: Tensor,
-    report: Tensor,
-    train_length: int,
+    model: StatewrightForCausalLM | str | Path,
+    text: str | Path | Tensor,
+    report: str | Path | Tensor | None = None,
+    train_length: int | None = None,
     kinds: Iterable[str] = KINDS,
     listen: Listener = lambda trial: None,
+    tokenizer: Any = None,
 ) -> Repair:
-    """Try the mitigations on ids `search` (B, N); measure the choice on `report` (B', N').
+    """Try the mitigations that need no training on a text; measure the choice on `report`.
 
-    The norms that StateNorm needs are measured on `search` and kept with the model
-    (`models.calibration`). `choose` says which is chosen; "none" stays where its gain does not
-    hold on `report`. Raises ValueError for texts of less than two training lengths, an unknown
-    kind, a model without a linear recurrence, and losses inside the training length that are not
-    finite.
+    model: one of ours, or its directory; unchanged, but that the norms that StateNorm needs are
+    measured on `text` and kept with it. text, report: as `diagnose` takes them, in 4 rows of 128
+    training lengths, or what there is; report None: the second half of text. `choose` says which
+    is chosen; "none" stays where its gain does not hold on `report`.
+    `model.config.policy = found.policy` makes it the default. Raises ValueError for texts of less
+    than two training lengths, an unknown kind, a model without a linear recurrence, and losses
+    inside the training length that are not finite.
+
+    >>> shape = dict(hidden_size=8, num_hidden_layers=1, mixer="mamba2:head_dim=8")
+    >>> model = StatewrightForCausalLM(StatewrightConfig(**shape))
+    >>> text = "to be or not to be " * 20
+    >>> found = repair(model, text, None, 16, ("statewindow",), tokenizer=byte_tokenizer())
+    >>> [trial.policy for trial in found.trials]
+    ['none', 'statewindow:length=16', 'statewindow:length=8', 'statewindow:length=32']
     """
+    place = str(model) if isinstance(model, str | Path) else None
+    if not isinstance(text, Tensor):
+        tokenizer = tokenizer_of(model, tokenizer)
+    model = load(locate(model), "float32") if isinstance(model, str | Path) else model
+    train_length = train_length_of(train_length, model.config, place)
+    search, report = _two(text, report, tokenizer, LENGTHS * train_length)
     schedule = schedule_for(search, train_length, model.config.vocab_size)
     schedule_for(report, train_length, model.config.vocab_size)
     calibrate(model, _windows(search, schedule)[:, :-1].long())
@@ -155,6 +179,21 @@ def repair(
     if not improves(after, before):
         best, after = "none", before
     return Repair(best, train_length, tuple(trials), before, after)
+
+
+def _two(
+    text: str | Path | Tensor, report: str | Path | Tensor | None, tokenizer: Any, length: int
+) -> tuple[Tensor, Tensor]:
+    """Ids to search on and ids to report on."""
+    if isinstance(text, Tensor):
+        if report is None:
+            half = text.shape[1] // 2
+            return text[:, :half], text[:, half:]
+        if isinstance(report, Tensor):
+            return text, report
+    elif not isinstance(report, Tensor):
+        return two_texts(text, report, tokenizer, length, ROWS)
+    raise ValueError("report: expected token ids (B, N) beside token ids, and text beside text")
 
 
 def improves(trial: Trial, plain: Trial) -> bool:

@@ -43,6 +43,6 @@ def train_length_of(given: int | None, config: Any, directory: str | Path | None
     if known is None:
         raise ValueError(
             "the training length of this model is not recorded, and everything is judged by it: "
-            "give --train-length, in tokens of one training text"
+            "give train_length=N, the tokens of one training text"
         )
     return known[0]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from statewright.evaluation.measure import Cost, metered
 from statewright.evaluation.metrics import Scores, score
 from statewright.evaluation.stories import story_scores
 from statewright.intervals import SHARES, estimate
+from statewright.models.any_model import opened, tokenizer_of
 from statewright.spec import format_spec
 from statewright.tasks import TASKS, Task, build_task
 from statewright.tasks.base import Batch
@@ -58,7 +60,7 @@ class Result:
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str | Path,
     tokenizer: Any,
     task: Task | str,
     policy: Bound | str = None,
@@ -69,13 +71,20 @@ def evaluate(
 ) -> Result:
     """Run a task: greedy answers (metric `accuracy`) or losses (`nats`, `perplexity`).
 
-    A task on token ids is scored at its targets, in one pass; `chance` stands beside `accuracy`
+    model: ours, any causal LM of transformers, or a directory or id, whose own tokenizer is read if
+    none is given. A task on token ids is scored at its targets; `chance` stands beside `accuracy`
     where the task knows it; a task with references is scored by its metric. `policy` may also be
     the baseline, `context:length=512`. rows: samples that share a call, padded only where they are
     written on from and the model can take it; 0 for as many as keep a call small. Raises
     ValueError for an unknown task, policy or option, a model that the policy cannot bound, and an
     input longer than a table of positions.
+
+    >>> model = StatewrightForCausalLM(StatewrightConfig(hidden_size=8, num_hidden_layers=2))
+    >>> evaluate(model, None, "mqar", n=2).metrics.keys()
+    dict_keys(['accuracy', 'chance'])
     """
+    tokenizer = tokenizer_of(model, tokenizer)
+    model = opened(model)
     chosen = build_task(task) if isinstance(task, str) else task
     if n < 1:
         raise ValueError(f"evaluate: n={n}, expected at least 1 sample")
@@ -179,5 +188,6 @@ def check_positions(model: PreTrainedModel, batch: Batch) -> None:
 
 def spec_of(task: Task) -> str:
     """The string that builds the task."""
-    options = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
+    kind: Any = type(task)
+    options = {f.name: getattr(task, f.name) for f in dataclasses.fields(kind)}
     return format_spec(TASKS.name_of(type(task)), options, type(task))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statewright.diagnosis.diagnosis import rows_of
+from statewright.diagnosis.prompts import rows_of
 from statewright.diagnosis.repair import try_policy
 from statewright.evaluation import evaluate
 from statewright.models import StatewrightForCausalLM
