@@ -20,6 +20,7 @@ quickstart: $(VENV)/.ready ## Train, write, read on and go back, on real text (T
 test: $(VENV)/.ready ## Everything that guards main, offline
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.ready ## What takes minutes

@@ -59,6 +59,7 @@ headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / CSRC).glob("*.[
 setup(
     cmdclass={"build_ext": BuildOptionalKernels, "bdist_wheel": AnyPythonWheel},
     package_data={
+        "statewright": ["py.typed"],
         "statewright.ops": ["csrc/*.c", "csrc/*.h", "csrc/*.txt"],
         "statewright.evaluation.lm_eval_tasks": ["*.yaml"],
     },

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar, dataclass_transform
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 Axes = tuple[str, ...]
+Kind = TypeVar("Kind", bound="State")
 
 
 def axes(names: str) -> Any:
@@ -32,6 +33,12 @@ class State:
     Fields: `seen` (B,) int64, the unmasked tokens each row has consumed since its last reset;
     `extra`, further named tensors (conv taps, an LSTM's cell, a policy's scores), whose axes
     stand in `extra_axes`. Only tensors with an axis of that name take part in `resize`.
+
+    >>> _, state = MinGRU(4)(torch.randn(2, 5, 4))
+    >>> state.rows(0)
+    VectorState(seen (1,), h (1, 4); 24 bytes)
+    >>> dict(state.resize(channel=6).items())["h"].shape
+    torch.Size([2, 6])
     """
 
     seen: Tensor = axes("batch")
@@ -168,7 +175,12 @@ class State:
 
 
 def cat(states: Sequence[State]) -> State:
-    """Join states of equal structure along the batch axis."""
+    """Join states of equal structure along the batch axis.
+
+    >>> state = MinGRU(4).init_state(3)
+    >>> cat([state.rows(2), state.rows([0, 1])]).batch_size
+    3
+    """
     if not states:
         raise ValueError("cat: no states given")
     specs = [pytree.tree_flatten(s)[1] for s in states]
@@ -207,7 +219,10 @@ def _resized(tensor: Tensor, names: Axes, sizes: dict[str, int]) -> Tensor:
     return tensor
 
 
-def state_type(cls: type[State]) -> type[State]:
+@dataclass_transform(
+    eq_default=False, kw_only_default=True, frozen_default=True, field_specifiers=(axes, field)
+)
+def state_type(cls: type[Kind]) -> type[Kind]:
     """Make a subclass of State: a frozen dataclass and a pytree node.
 
     Tensors are leaves; names and axes are static structure.
@@ -240,14 +255,22 @@ def state_type(cls: type[State]) -> type[State]:
 
 @state_type
 class VectorState(State):
-    """`h_t = a_t * h_{t-1} + b_t` or any vector recurrence: h (B, D), at least float32."""
+    """`h_t = a_t * h_{t-1} + b_t` or any vector recurrence: h (B, D), at least float32.
+
+    >>> VectorState(h=torch.zeros(2, 4), seen=torch.zeros(2, dtype=torch.long))
+    VectorState(seen (2,), h (2, 4); 48 bytes)
+    """
 
     h: Tensor = axes("batch channel")
 
 
 @state_type
 class MatrixState(State):
-    """`S_t = diag(a_t) S_{t-1} + k_t v_t^T`: S (B, H, K, V), at least float32."""
+    """`S_t = diag(a_t) S_{t-1} + k_t v_t^T`: S (B, H, K, V), at least float32.
+
+    >>> MatrixState(S=torch.zeros(1, 2, 4, 8), seen=torch.zeros(1, dtype=torch.long))
+    MatrixState(seen (1,), S (1, 2, 4, 8); 264 bytes)
+    """
 
     S: Tensor = axes("batch head key value")
 
@@ -257,6 +280,10 @@ class KVState(State):
     """Key/value rows of attention: k, v (B, H, N, Dh), pos (B, H, N) int64.
 
     Slots are unordered; `pos` says which token a slot holds, and -1 marks an empty slot.
+
+    >>> rows, pos = torch.zeros(1, 2, 3, 4), torch.arange(3).expand(1, 2, 3)
+    >>> KVState(k=rows, v=rows, pos=pos, seen=torch.tensor([3]))
+    KVState(seen (1,), k (1, 2, 3, 4), v (1, 2, 3, 4), pos (1, 2, 3); 248 bytes)
     """
 
     k: Tensor = axes("batch head slot key")
@@ -269,11 +296,20 @@ class OpaqueState(State):
     """What a foreign cache holds and we do not decode: named tensors in `extra`, each batch first.
 
     Sized, saved, forked and restored as a whole; `statewright.hf.bridge` writes it back.
+
+    >>> state = OpaqueState(seen=torch.tensor([3]))
+    >>> state.with_extra("taps", torch.zeros(1, 8), "batch width")
+    OpaqueState(seen (1,), extra.taps (1, 8); 40 bytes)
     """
 
 
 @state_type
 class ModelState(State):
-    """The states of all layers; a layer may hold a tuple of states (hybrid layers)."""
+    """The states of all layers; a layer may hold a tuple of states (hybrid layers).
+
+    >>> model = StatewrightForCausalLM(StatewrightConfig(hidden_size=8, num_hidden_layers=2))
+    >>> [type(layer).__name__ for layer in model.init_state(1).layers]
+    ['VectorState', 'VectorState']
+    """
 
     layers: tuple[Any, ...] = field(default=())

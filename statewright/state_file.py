@@ -46,7 +46,7 @@ class StateFile:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the model's config and of every parameter and buffer, dtype included."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     # Without the defaults: a release that adds an option must not orphan the files of the last.
     entries = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
     kept = {k: v for k, v in entries.items() if k not in _VOLATILE}
@@ -70,6 +70,9 @@ def save_state(
 
     With `model`, only that model (same config, same weights) can load it. `beside` are tensors
     to keep with the state, `about` entries for JSON. Raises OSError if it cannot be written.
+
+    >>> layer = MinGRU(4)
+    >>> save_state(layer.init_state(1), "book.state", layer)
     """
     path = Path(path)
     tensors = {_STATE + name: tensor for name, tensor in state.items()}
@@ -92,7 +95,13 @@ def save_state(
 def load_state(
     path: str | Path, model: nn.Module | None = None, *, policy: str | None = None
 ) -> State:
-    """The state in a file, for this model; see `read_state_file` for what is refused."""
+    """The state in a file, for this model; see `read_state_file` for what is refused.
+
+    >>> layer = MinGRU(4)
+    >>> save_state(layer.init_state(1), "book.state", layer)
+    >>> load_state("book.state", layer)
+    VectorState(seen (1,), h (1, 4); 24 bytes)
+    """
     return read_state_file(path, model, policy=policy).state
 
 

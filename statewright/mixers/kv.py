@@ -57,7 +57,8 @@ def extend(
             return _one_by_one(q, k, v, state, rule, policy)
     q = q.unflatten(1, (H, -1))
     keys, values = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-    died, marks = None, {}
+    died: Tensor | None = None
+    marks: dict[str, Tensor] = {}
     if policy is not None:
         old = marks_of(policy, state)
         if policy.mark_names or policy.budget < keys.shape[2]:

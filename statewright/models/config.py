@@ -20,6 +20,9 @@ class StatewrightConfig(PreTrainedConfig):
     per layer: conv_kernel (0: no convolution; 4: Conv4), mlp_ratio (0: no MLP; mlp_size overrides
     it), mlp, norm, dropout. policy: a spec such as "tova:budget=512", the default of the models'
     argument `policy`, which overrides it ("none" switches it off).
+
+    >>> StatewrightConfig(num_hidden_layers=4, mixer=["mingru", "mamba2"]).mixer_of(3)
+    'mamba2'
     """
 
     model_type = "statewright"
@@ -43,7 +46,7 @@ class StatewrightConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         build_policy(self.policy)
         if not self.mixer:
@@ -56,7 +59,9 @@ class StatewrightConfig(PreTrainedConfig):
         if self.conv_kernel == 1 or self.conv_kernel < 0:
             raise ValueError(f"config: conv_kernel={self.conv_kernel}, expected 0 or at least 2")
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
         """As transformers', with the two lines by which `trust_remote_code=True` finds us."""
         super().save_pretrained(save_directory, *args, **kwargs)
         write_shim(save_directory)

@@ -14,7 +14,13 @@ from statewright.state import ModelState
 
 @dataclass
 class StatewrightOutput(ModelOutput):
-    """loss (), logits (B, T, vocabulary), state, and the cache if one was used."""
+    """loss (), logits (B, T, vocabulary), state, and the cache if one was used.
+
+    >>> model = StatewrightForCausalLM(StatewrightConfig(hidden_size=8, num_hidden_layers=2))
+    >>> out = model(torch.randint(256, (1, 20)))
+    >>> out.logits.shape, out.state.seen
+    (torch.Size([1, 20, 257]), tensor([20]))
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -24,7 +30,8 @@ class StatewrightOutput(ModelOutput):
         cache: StateCache | None = None
     else:
         past_key_values: StateCache | None = None
-        cache = property(lambda self: self.past_key_values)
+        # A property is no field.
+        cache = property(lambda self: self.past_key_values)  # type: ignore[assignment]
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -39,5 +46,6 @@ class StatewrightModelOutput(ModelOutput):
         cache: StateCache | None = None
     else:
         past_key_values: StateCache | None = None
-        cache = property(lambda self: self.past_key_values)
+        # A property is no field.
+        cache = property(lambda self: self.past_key_values)  # type: ignore[assignment]
     hidden_states: tuple[Tensor, ...] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 _FILE = "modeling_statewright.py"
@@ -12,7 +13,7 @@ from statewright.models import StatewrightConfig, StatewrightForCausalLM, Statew
 """
 
 
-def write_shim(directory: str | Path) -> None:
+def write_shim(directory: str | os.PathLike[str]) -> None:
     """Name our classes in config.json's auto_map and write the file that imports them."""
     directory = Path(directory)
     (directory / _FILE).write_text(_SOURCE, encoding="utf-8")

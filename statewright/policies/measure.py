@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ def canonical(state: State) -> State:
     return _canonical_layer(state)
 
 
-def _canonical_layer(state: State) -> State:
+def _canonical_layer(state: Any) -> Any:
     if isinstance(state, tuple):
         return tuple(map(_canonical_layer, state))
     if not isinstance(state, KVState):

@@ -98,7 +98,17 @@ def simulate(
 class _Bank:
     """The slots at work: preallocated, a victim's slot is overwritten by a later token."""
 
-    def __init__(self, policy, q, k, v, marks, timeline: Timeline, rule: Rule, block: int) -> None:
+    def __init__(
+        self,
+        policy: Eviction,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        marks: dict[str, Tensor],
+        timeline: Timeline,
+        rule: Rule,
+        block: int,
+    ) -> None:
         self.policy, self.timeline, self.rule = policy, timeline, rule
         wide = torch.float64 if k.dtype == torch.float64 else torch.float32
         self.q, self.k, self.v = (t.detach().to(wide) for t in (q, k, v))
@@ -143,7 +153,7 @@ class _Bank:
         self._expire(end)
         due = active.any(1) if evict_now else (seen % self.policy.every == 0) & active[:, -1]
         count = (self.pos >= 0).sum(-1)
-        excess = (count - self.policy.budget).clamp(min=0) * due.unsqueeze(1)
+        excess = (count - int(self.policy.budget)).clamp(min=0) * due.unsqueeze(1)
         if not bool(excess.any()):
             return
         slots = Slots(self.keys, self.values, self.pos, seen, rows, last, self.marks, peak)
@@ -153,7 +163,7 @@ class _Bank:
         """Whether exactly one slot is empty everywhere and every further token takes a victim's."""
         rule, policy = self.rule, self.policy
         usual = self.plain and policy.every == 1 and rule.is_plain and rule.placement is None
-        full = self.pos.shape[-1] == policy.budget + 1
+        full = self.pos.shape[-1] == int(policy.budget) + 1
         return usual and full and bool(((self.pos < 0).sum(-1) == 1).all())
 
     def replace_one_by_one(self, begin: int, end: int) -> None:

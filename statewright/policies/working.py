@@ -191,7 +191,7 @@ def _is_shared(policy: Eviction | None) -> bool:
 
 def _limit(policy: Eviction | None, rule: Rule) -> int | None:
     """The most slots a list keeps; None: without end."""
-    bounds = [] if policy is None else [policy.budget]
+    bounds = [] if policy is None else [int(policy.budget)]
     if rule.window is not None:
         bounds.append(rule.window - 1)
     return min(bounds, default=None)

@@ -115,6 +115,7 @@ class NIAH:
         prefix = encode(tokenizer, PREFIX)
         question = encode(tokenizer, self._question(names[: self.queries]))
         room = self.length - sum(map(len, [prefix, question, *needles]))
+        after: Iterator[str]
         if sentences:
             after = (f" {sentences[(begin + j) % len(sentences)]}" for j in itertools.count())
         else:
