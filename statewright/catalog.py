@@ -24,6 +24,7 @@ POLICIES = Registry(
     base=_POLICY,
     joint="+",
 )
+"""Policies by the names that specs use: `"tova:budget=512"`; `build_policy` builds one."""
 
 # What an evaluation compares: policies, and the whole model on short contexts.
 BOUNDS = Registry(
@@ -52,6 +53,7 @@ MIXERS = Registry(
     },
     base="statewright.mixers.base:Mixer",
 )
+"""Mixers by the names that specs use: `"mingru:expansion=2"`; `build_mixer` builds one."""
 
 TASKS = Registry(
     "task",
@@ -78,3 +80,4 @@ TASKS = Registry(
     },
     base="draw",
 )
+"""Tasks by the names that specs use: `"passkey:length=4k"`; `build_task` builds one."""
