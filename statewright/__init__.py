@@ -16,11 +16,13 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "scans": {"ops": "vector_scan matrix_scan default_backend"},
     "mixers": {
-        "mixers": "MIXERS build_mixer Mixer VectorMixer MinGRU MinLSTM GRU LSTM Mamba2 GLA Mamba "
+        "catalog": "MIXERS",
+        "mixers": "build_mixer Mixer VectorMixer MinGRU MinLSTM GRU LSTM Mamba2 GLA Mamba "
         "Attention S4 S4D H3 Hyena Aaren",
     },
     "policies": {
-        "policies": "POLICIES build_policy policy_spec Policy Eviction Window TOVA H2O Random "
+        "catalog": "POLICIES",
+        "policies": "build_policy policy_spec Policy Eviction Window TOVA H2O Random "
         "KeyNorm KeyDiff LagKV RecurrentPolicy ForgetMore StateNorm StateWindow DeltaScale Chain",
     },
     "models": {
@@ -31,15 +33,14 @@ GROUPS: dict[str, dict[str, str]] = {
         "models.tokenizers": "byte_tokenizer character_tokenizer",
     },
     "verbs": {
-        "models": "load",
-        "models.load": "save_as",
+        "models.load": "load save_as",
         "models.resize": "resize",
         "checks.report": "check",
         "evaluation": "evaluate",
         "diagnosis": "diagnose",
         "diagnosis.repair": "repair",
     },
-    "tasks": {"tasks": "TASKS Task build_task"},
+    "tasks": {"catalog": "TASKS", "tasks": "Task build_task"},
     "laws": {"laws": "laws"},
 }
 _HOMES = {
@@ -53,6 +54,9 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     # The same names again: a type checker reads no table.
     from statewright import laws as laws
+    from statewright.catalog import MIXERS as MIXERS
+    from statewright.catalog import POLICIES as POLICIES
+    from statewright.catalog import TASKS as TASKS
     from statewright.checks.report import check as check
     from statewright.diagnosis import diagnose as diagnose
     from statewright.diagnosis.repair import repair as repair
@@ -63,7 +67,6 @@ if TYPE_CHECKING:
     from statewright.mixers import GRU as GRU
     from statewright.mixers import H3 as H3
     from statewright.mixers import LSTM as LSTM
-    from statewright.mixers import MIXERS as MIXERS
     from statewright.mixers import S4 as S4
     from statewright.mixers import S4D as S4D
     from statewright.mixers import Aaren as Aaren
@@ -80,7 +83,7 @@ if TYPE_CHECKING:
     from statewright.models import StatewrightForCausalLM as StatewrightForCausalLM
     from statewright.models import StatewrightModel as StatewrightModel
     from statewright.models import StatewrightOutput as StatewrightOutput
-    from statewright.models import load as load
+    from statewright.models.load import load as load
     from statewright.models.load import save_as as save_as
     from statewright.models.resize import resize as resize
     from statewright.models.tokenizers import byte_tokenizer as byte_tokenizer
@@ -89,7 +92,6 @@ if TYPE_CHECKING:
     from statewright.ops import matrix_scan as matrix_scan
     from statewright.ops import vector_scan as vector_scan
     from statewright.policies import H2O as H2O
-    from statewright.policies import POLICIES as POLICIES
     from statewright.policies import TOVA as TOVA
     from statewright.policies import Chain as Chain
     from statewright.policies import DeltaScale as DeltaScale
@@ -116,7 +118,6 @@ if TYPE_CHECKING:
     from statewright.state import cat as cat
     from statewright.state_file import load_state as load_state
     from statewright.state_file import save_state as save_state
-    from statewright.tasks import TASKS as TASKS
     from statewright.tasks import Task as Task
     from statewright.tasks import build_task as build_task
 

@@ -42,6 +42,10 @@ class Session:
     (`hf.host.ForeignModel`). `policy`, a Policy or its spec, holds in every call; None is the
     config's default, "none" is none. Raises ValueError for a policy that has nothing to act on,
     and a batch_size that contradicts the state.
+
+    >>> session = Session(StatewrightForCausalLM(StatewrightConfig(hidden_size=8)))
+    >>> session.feed(torch.randint(256, (20,))).shape, session.generate(5).shape
+    (torch.Size([1, 257]), torch.Size([1, 5]))
     """
 
     def __init__(
@@ -55,12 +59,12 @@ class Session:
     ) -> None:
         if chunk < 1:
             raise ValueError(f"Session: chunk={chunk}, expected at least 1")
-        self.model = model = as_host(model).eval()
-        self.policy = _policy_of(model, policy)
-        self._donates = _donates(model, self.policy)
+        self.model: Any = as_host(model).eval()
+        self.policy = _policy_of(self.model, policy)
+        self._donates = _donates(self.model, self.policy)
         self.chunk = chunk
         if state is None:
-            state = model.init_state(1 if batch_size is None else batch_size)
+            state = self.model.init_state(1 if batch_size is None else batch_size)
         elif batch_size not in (None, state.batch_size):
             raise ValueError(
                 f"Session: batch_size={batch_size}, but the state has {state.batch_size} rows"
@@ -270,7 +274,7 @@ class Session:
         return self._state
 
     def _sample(self, warp: LogitsProcessorList, temperature: float, seed: int) -> Tensor:
-        logits = self._logits.float()
+        logits = self._logits.float()  # type: ignore[union-attr]  # `stream` has looked
         if temperature == 0:
             return logits.argmax(-1)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + self._position)

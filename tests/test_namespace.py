@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import statewright
 from statewright.mixers import MIXERS
 from statewright.policies import POLICIES
+from statewright.registry import Registry
 
 ROOT = Path(__file__).parents[1]
+CATALOG = (ROOT / "statewright/catalog.py").read_text()
 NAMES = [name for name in statewright.__all__ if name != "__version__"]
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "rich", "click", "ast", "inspect"}
 
@@ -100,3 +105,33 @@ def test_the_version_stands_in_one_place() -> None:
     code = [sys.executable, "-m", "statewright", "--version"]
     done = subprocess.run(code, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith(f" {statewright.__version__}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand in the API reference, after `from statewright import *`."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    value = getattr(statewright, name)
+    if isinstance(value, Registry):
+        return  # a table: `test_the_api_reference_has_every_name` asks for the words under it
+    space = {"torch": torch, "Path": Path, **{n: getattr(statewright, n) for n in NAMES}}
+    found = doctest.DocTestParser().get_doctest(value.__doc__, space, name, None, None)
+    assert found.examples, "no example"
+    report: list[str] = []
+    failed, _ = doctest.DocTestRunner(verbose=False).run(found, out=report.append)
+    assert failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("group", statewright.GROUPS)
+def test_the_api_reference_has_every_name(group: str) -> None:
+    """A page per group, its names in the table's order; `make docs` draws them from the sources."""
+    names = [n for homes in statewright.GROUPS[group].values() for n in homes.split()]
+    page = (ROOT / f"docs/api/{group}.md").read_text()
+    assert re.findall(r"^::: statewright\.(\w+)$", page, re.M) == names
+    index = (ROOT / "docs/api/index.md").read_text()
+    assert f"]({group}.md) | {', '.join(f'`{n}`' for n in names)} |" in index
+    assert f": api/{group}.md\n" in (ROOT / "mkdocs.yml").read_text()
+    for name in names:
+        if isinstance(getattr(statewright, name), Registry):
+            assert re.search(rf'^{name} = .*?^\)\n""".+"""$', CATALOG, re.M | re.S), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,6 +215,14 @@ class BoundedCache(Cache):
     for a policy that does not bound lists and for a model whose attention, cache layers or
     positions we cannot follow (Bloom, MPT, Falcon, before 5.24 GPT-J and CodeGen: nothing tells a
     policy what their own code attends to; their biases and masks go by slot, not by token).
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=64)
+    >>> llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes)).eval()
+    >>> cache = BoundedCache(llama, "tova:budget=16")
+    >>> ids = llama.generate(torch.randint(64, (1, 40)), past_key_values=cache, max_new_tokens=5)
+    >>> [state.pos.shape[-1] for state in cache.states]
+    [16, 16]
     """
 
     is_bounded = True
@@ -291,7 +300,7 @@ def _block(prefill: str) -> int:
     raise ValueError(f"BoundedCache: prefill={prefill!r}, expected 'exact', 'chunk:C' or 'dense'")
 
 
-def _layer(theirs: object, policy: Eviction, block: int) -> object:
+def _layer(theirs: Any, policy: Eviction, block: int) -> Any:
     if type(theirs) in _LISTS:
         return BoundedLayer(policy, block)
     if type(theirs) in _BOTH:

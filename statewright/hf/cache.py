@@ -29,6 +29,12 @@ class StateCache(Cache):
     State itself is never written to, so `copy.deepcopy` and forks of a cache are independent.
     `StateCache(state)` continues from a state: the ids given to `generate` are then the new
     tokens only, and the count starts at 0. len: the model's layers (0 before the first call).
+
+    >>> model = StatewrightForCausalLM(StatewrightConfig(hidden_size=8, num_hidden_layers=2))
+    >>> out = model(torch.randint(256, (1, 20)))
+    >>> cache = StateCache(out.state)
+    >>> model.generate(torch.tensor([[7]]), past_key_values=cache, max_new_tokens=4).shape
+    torch.Size([1, 5])
     """
 
     def __init__(self, state: ModelState | None = None) -> None:
@@ -86,7 +92,7 @@ class StateCache(Cache):
             rows = torch.arange(self.state.batch_size).repeat_interleave(repeats)
             self._rows(rows)
 
-    def crop(self, *args, **kwargs) -> None:
+    def crop(self, *args: object, **kwargs: object) -> None:
         raise ValueError(
             "StateCache.crop: a recurrent state cannot forget its last tokens; keep an earlier "
             "State and continue from it (assisted decoding needs cropping and is not supported)"

@@ -21,7 +21,11 @@ from statewright.mixers.s4d import S4D
 
 
 def build_mixer(text: str, hidden_size: int) -> Mixer:
-    """`build_mixer("mingru:expansion=2:form=vanilla", 256)`; ValueError names what is unknown."""
+    """`build_mixer("mingru:expansion=2:form=vanilla", 256)`; ValueError names what is unknown.
+
+    >>> build_mixer("mingru:expansion=2", 8).init_state(1)
+    VectorState(seen (1,), h (1, 16); 72 bytes)
+    """
     return spec.build(text, MIXERS, "mixer", hidden_size)
 
 

@@ -26,6 +26,10 @@ class Aaren(Mixer):
     Combining them is associative; with the running maximum known it is one linear scan over a, c.
     x, y (B, T, D); state h = a (B, D), `extra` max and denominator (B, heads). Differs from the
     paper's figure: the query is a parameter after W_q, and there is no output of the query token.
+
+    >>> y, state = Aaren(8)(torch.randn(2, 5, 8))
+    >>> state
+    VectorState(seen (2,), extra.denominator (2, 4), extra.max (2, 4), h (2, 8); 144 bytes)
     """
 
     def __init__(self, hidden_size: int, num_heads: int = 4, bias: bool = True) -> None:

@@ -31,6 +31,10 @@ class Attention(Mixer):
     "compressed" un-rotated, and turned by their `Placement`. x, y (B, T, D). qk_norm: RMSNorm per
     head before the rotation (Qwen3). Differs from transformers: masked tokens do not exist, so
     nothing depends on the side of the padding.
+
+    >>> y, state = Attention(8)(torch.randn(2, 5, 8))
+    >>> state
+    KVState(seen (2,), k (2, 4, 5, 2), v (2, 4, 5, 2), pos (2, 4, 5); 976 bytes)
     """
 
     def __init__(
@@ -168,7 +172,8 @@ class Attention(Mixer):
         weights = self.rule.weights(logits, visible)
         y = self.o_proj((weights @ v.unsqueeze(2)).flatten(1, 3).view(B, -1))
         seen = seen + active
-        left, marks = pos >= 0, {}
+        left = pos >= 0
+        marks: dict[str, Tensor] = {}
         if self.window is not None:
             left = left & (seen.view(-1, 1, 1) - pos < self.window)
         if isinstance(policy, Eviction):

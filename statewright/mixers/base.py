@@ -21,6 +21,12 @@ class Mixer(nn.Module):
     neither masked nor reset. Masked tokens leave the state and `seen` untouched, wherever in
     the row they stand, and their outputs mean nothing; a reset starts the row afresh before
     its token, unless that token is masked. `is_linear`: recurrent policies apply.
+
+    >>> layer, x = build_mixer("mamba2:head_dim=8", 8), torch.randn(2, 5, 8)
+    >>> y, state = layer(x)
+    >>> first, later = layer.step(x[:, 0], layer.init_state(2))
+    >>> torch.allclose(first, y[:, 0], atol=1e-5)
+    True
     """
 
     hidden_size: int
@@ -199,6 +205,9 @@ class VectorMixer(Mixer):
 
     A subclass gives `gates(x) -> (log_a, b)` (used by `forward`) and `update` (the definition).
     `inner_size` is D times the expansion; a down-projection follows when the two differ.
+
+    >>> [name for name, kind in MIXERS.items() if issubclass(kind, VectorMixer)]
+    ['mingru', 'minlstm']
     """
 
     is_linear = True

@@ -32,6 +32,10 @@ class GLA(MatrixMixer):
     head, SiLU output gate, projection (sec. 4.2). Optional short convolution with SiLU over
     [q | k | v], optional feature map on q and k. Projections start Xavier-uniform with gain
     2^-2.5, as the authors' (flash-linear-attention's model classes no longer do).
+
+    >>> y, state = GLA(8)(torch.randn(2, 5, 8))
+    >>> state
+    MatrixState(seen (2,), S (2, 4, 1, 2); 80 bytes)
     """
 
     GROWTHS = ("zero", "fresh", "inherit", "as-released")

@@ -172,6 +172,10 @@ class GRU(NonlinearMixer):
 
     Cho et al., arXiv:1406.1078, in torch's convention (z keeps the old state). x, y (B, T, D);
     state h (B, inner).
+
+    >>> y, state = GRU(8)(torch.randn(2, 5, 8))
+    >>> state
+    VectorState(seen (2,), h (2, 8); 80 bytes)
     """
 
     names = ("h",)
@@ -206,6 +210,10 @@ class LSTM(NonlinearMixer):
 
     Hochreiter and Schmidhuber (1997) with forget gate. x, y (B, T, D); state h (B, inner), the
     cell in `extra["c"]` (B, inner).
+
+    >>> y, state = LSTM(8)(torch.randn(2, 5, 8))
+    >>> state
+    VectorState(seen (2,), extra.c (2, 8), h (2, 8); 144 bytes)
     """
 
     names = ("h", "c")

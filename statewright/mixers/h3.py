@@ -42,6 +42,10 @@ class H3(Mixer):
     state S (B, head_dim^2 * heads, K = state_size / 2, V = 2: real and imaginary part), the last
     keys in `extra["taps"]`. Differs from the authors' code: the shift's weights start uniform, as
     our other convolutions, and it has no separate skip (which is one of its weights).
+
+    >>> y, state = H3(8)(torch.randn(2, 5, 8))
+    >>> state
+    MatrixState(seen (2,), extra.taps (2, 63, 8), S (2, 8, 32, 2); 8,144 bytes)
     """
 
     def __init__(

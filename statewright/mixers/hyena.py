@@ -83,6 +83,10 @@ class Hyena(Mixer):
     short convolution's taps in `extra`. Nothing bounds it. `forward` is by FFT, `step` a sum over
     the past. x, y (B, T, D). arXiv:2302.10866, definition 3.1. Differs from the authors' code:
     filters go on beyond `filter_length`, which only sets their scale, so any length can follow.
+
+    >>> y, state = Hyena(8)(torch.randn(2, 5, 8))
+    >>> state.k.shape
+    torch.Size([2, 2, 5, 8])
     """
 
     def __init__(

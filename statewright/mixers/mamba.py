@@ -27,6 +27,10 @@ class Mamba(MatrixMixer):
     convolution over x in `extra`. A decay per channel and state. The initial state is honoured
     in calls of many tokens (transformers 5.23 silently starts those from zero).
     Initialisation is the authors': A_log = log(1..K), dt log-uniform in [1e-3, 1e-1], D = 1.
+
+    >>> y, state = Mamba(8)(torch.randn(2, 5, 8))
+    >>> state
+    MatrixState(seen (2,), extra.taps (2, 3, 16), S (2, 16, 16, 1); 2,448 bytes)
     """
 
     value_size = 1

@@ -36,6 +36,10 @@ class Mamba2(MatrixMixer):
     group of channels, then projected. `dt_max` limits dt (the authors' dt_limit), in prefill and
     in single steps alike; transformers limits it in prefill only. Initialisation is the
     authors': A ~ U(1, 16), dt log-uniform in [1e-3, 1e-1], D = 1.
+
+    >>> y, state = Mamba2(8, head_dim=8)(torch.randn(2, 5, 8))
+    >>> state
+    MatrixState(seen (2,), extra.taps (2, 3, 272), S (2, 2, 128, 8); 22,928 bytes)
     """
 
     GROWTHS = ("zero", "fresh", "as-released", "copy", "zero-zero")

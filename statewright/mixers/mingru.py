@@ -179,6 +179,10 @@ class MinGRU(MinimalMixer):
     MinimalMixer. `forget_bias` is added to the initial bias of 1 - z (0 in the paper).
     Differs from the authors' code: the down-projection is left out when inner = D, and the scan
     runs in the linear domain (`ops.default_backend("log")` selects the paper's).
+
+    >>> y, state = MinGRU(8)(torch.randn(2, 5, 8))
+    >>> state
+    VectorState(seen (2,), h (2, 8); 80 bytes)
     """
 
     def __init__(

@@ -19,6 +19,10 @@ class MinLSTM(MinimalMixer):
     not depend on time); f' = f and i' = i without (the authors' released default).
     x, y (B, T, D); state h (B, inner). `forget_bias` is added to f's initial bias: 3 in the
     authors' configurations, which speeds up and stabilises training. Otherwise as MinGRU.
+
+    >>> y, state = MinLSTM(8)(torch.randn(2, 5, 8))
+    >>> state
+    VectorState(seen (2,), h (2, 8); 80 bytes)
     """
 
     def __init__(

@@ -211,6 +211,10 @@ class S4(StateSpaceMixer):
     `forward` is the convolution by FFT plus what the state carries in; `step` the recurrence.
     Differs from the authors' code: L, P, B are every channel's own; C is learned, and made
     C (1 - A^T) in every call, so that any length works.
+
+    >>> y, state = S4(8)(torch.randn(2, 5, 8))
+    >>> state
+    MatrixState(seen (2,), S (2, 8, 32, 2); 4,112 bytes)
     """
 
     def __init__(

@@ -60,6 +60,10 @@ class S4D(StateSpaceMixer):
     x, y (B, T, D); state S (B, H = D, K = state_size / 2, V = 2: real and imaginary part).
     `forward` is the convolution by FFT plus what the state carries in; `step` the recurrence.
     Differs from the authors' code: A and dt are every channel's own, no dropout inside.
+
+    >>> y, state = S4D(8)(torch.randn(2, 5, 8))
+    >>> state
+    MatrixState(seen (2,), S (2, 8, 32, 2); 4,112 bytes)
     """
 
     def __init__(

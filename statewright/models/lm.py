@@ -34,7 +34,12 @@ from statewright.state import ModelState
 
 
 class StatewrightModel(StatewrightPreTrainedModel):
-    """Embeddings, `num_hidden_layers` blocks and a final norm; without a head."""
+    """Embeddings, `num_hidden_layers` blocks and a final norm; without a head.
+
+    >>> model = StatewrightModel(StatewrightConfig(hidden_size=8, num_hidden_layers=2))
+    >>> model(torch.randint(256, (1, 20))).last_hidden_state.shape
+    torch.Size([1, 20, 8])
+    """
 
     def __init__(self, config: StatewrightConfig) -> None:
         super().__init__(config)
@@ -158,6 +163,11 @@ class StatewrightForCausalLM(StatewrightPreTrainedModel, StateGenerationMixin):
 
     `model(ids)` returns `.logits` and `.state`; `model(more, state=state)` continues. Works with
     `generate` (sampling, beams, left padding, `prefill_chunk_size`), `Trainer` and lm-eval.
+
+    >>> model = StatewrightForCausalLM(StatewrightConfig(hidden_size=8, num_hidden_layers=2))
+    >>> out = model(torch.randint(256, (1, 20)))
+    >>> model(torch.randint(256, (1, 5)), state=out.state).state.seen
+    tensor([25])
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}

@@ -30,6 +30,11 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None) -> Statewrigh
     Also reads the original `state-spaces` layout. dtype None keeps the checkpoint's. Raises
     ValueError, in one line, for a directory without a model, an unsupported type or option, a
     damaged file, and weights that are missing, unexpected, mis-shaped or of mixed dtypes.
+
+    >>> model = StatewrightForCausalLM(StatewrightConfig(hidden_size=8, num_hidden_layers=2))
+    >>> model.save_pretrained("runs/a")
+    >>> load("runs/a").config.hidden_size
+    8
     """
     path = Path(path)
     raw = read_config(path)
@@ -61,6 +66,10 @@ def save_as(
 
     Raises ValueError if that format cannot express it (several mixers, sizes that differ between
     layers, block options it does not have). Tokenizer files are copied from `source`.
+
+    >>> shape = dict(hidden_size=8, num_hidden_layers=2, mlp_ratio=0, conv_kernel=0)
+    >>> model = StatewrightForCausalLM(StatewrightConfig(mixer="mamba2:head_dim=8", **shape))
+    >>> save_as(model, "hf", Path("runs/as-transformers"))
     """
     family, options = _expressible(model.config, target)
     directory.mkdir(parents=True, exist_ok=True)

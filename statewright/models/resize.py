@@ -97,6 +97,11 @@ def resize(
     the function and learns. Shrinking (a factor below 1) keeps the keys or heads with most energy
     on `calibration`, token ids (B, T). Every other tensor is bit-identical. Raises ValueError as
     `plan_resize`, and if a shrink has no calibration.
+
+    >>> model = StatewrightForCausalLM(StatewrightConfig(hidden_size=8, num_hidden_layers=2))
+    >>> large = resize(model, key=2, layers="all")
+    >>> [m.init_state(1).layers[0].h.shape for m in (model, large)]
+    [torch.Size([1, 8]), torch.Size([1, 16])]
     """
     plan = plan_resize(model.config, key, layers, init, heads)
     kept: dict[int, Tensor] = {}

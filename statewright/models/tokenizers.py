@@ -24,6 +24,9 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
     Bytes that are no text decode to U+FFFD as `bytes.decode("utf-8", errors="replace")` does.
     Tokens are named as in GPT-2's vocabulary.
+
+    >>> byte_tokenizer()("hi")["input_ids"]
+    [104, 105]
     """
     vocabulary = {name: byte for byte, name in enumerate(byte_names())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -36,6 +39,9 @@ def character_tokenizer(text: str) -> PreTrainedTokenizerBase:
     """One token per character of `text`, in code point order, then `<|unknown|>`, `<|endoftext|>`.
 
     Other characters become `<|unknown|>`. Raises ValueError for an empty text.
+
+    >>> character_tokenizer("abc")("cab")["input_ids"]
+    [2, 0, 1]
     """
     characters = sorted(set(text))
     if not characters:

@@ -48,6 +48,12 @@ def default_backend(name: str) -> Iterator[None]:
     Other threads and asyncio tasks keep their own choice. A compiled graph keeps the choice that
     held when it was traced. A kind of scan without this backend (`log` has no matrix form) takes
     `auto`, announced once. Raises ValueError for a name that no kind of scan knows.
+
+    >>> log_a, b = torch.zeros(1, 3, 1), torch.ones(1, 3, 1)
+    >>> with default_backend("ref"):
+    ...     h, _ = vector_scan(log_a, b, torch.zeros(1, 1))
+    >>> h.flatten()
+    tensor([1., 2., 3.])
     """
     _require_known(name, {**VECTOR_BACKENDS, **MATRIX_BACKENDS})
     block = (object(), name)
@@ -72,6 +78,11 @@ def vector_scan(
     the inputs' dtype. log_a = -inf is a decay of exactly 0. Differentiable in log_a, b and h0,
     also through h_T. T = 0 returns h0. Raises ValueError for shapes that do not fit.
     Eq. of section 2.3 ("parallel scan") of arXiv:2410.01201, whose own form is `backend="log"`.
+
+    >>> halves, ones = torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1)
+    >>> h, h_T = vector_scan(halves.log(), ones, torch.zeros(1, 1))
+    >>> h.flatten()
+    tensor([1.0000, 1.5000, 1.7500])
     """
     B, T, D = require("vector_scan", "b", b, "B T D")
     require("vector_scan", "log_a", log_a, "B T D", B=B, T=T, D=D)
@@ -101,6 +112,11 @@ def matrix_scan(
     (B, T, H, V) in v's dtype and S_T, carried in at least float32. Differentiable in everything,
     also through S_T. Raises ValueError for shapes that do not fit.
     Eq. 2.1 of arXiv:2312.06635 (GLA), eq. 16 of arXiv:2405.21060 (Mamba-2, S transposed).
+
+    >>> q = k = v = torch.ones(1, 3, 1, 1)
+    >>> o, S = matrix_scan(q, k, v, torch.zeros(1, 3, 1, 1), torch.zeros(1, 1, 1, 1))
+    >>> o.flatten()
+    tensor([1., 2., 3.])
     """
     B, T, G, K = require("matrix_scan", "q", q, "B T G K")
     require("matrix_scan", "k", k, "B T G K", B=B, T=T, G=G, K=K)

@@ -27,6 +27,9 @@ def build_policy(text: str | Policy | None) -> Policy | None:
     "forgetmore:decay=0.999+statenorm:limit=2x" is a chain, the first part outermost;
     "package.module:Class:budget=64" a class of the user's own whose module is imported. Raises
     ValueError naming what is unknown, or the smallest legal budget.
+
+    >>> build_policy("tova:budget=512:sinks=4")
+    TOVA(every=1, budget=512, sinks=4, per='layer')
     """
     if text is None or isinstance(text, Policy):
         return text
@@ -37,7 +40,11 @@ def build_policy(text: str | Policy | None) -> Policy | None:
 
 
 def policy_spec(policy: Policy | None) -> str:
-    """The spec string that builds this policy; "none" without one."""
+    """The spec string that builds this policy; "none" without one.
+
+    >>> policy_spec(TOVA(budget=512, sinks=4))
+    'tova:budget=512:sinks=4'
+    """
     if policy is None:
         return "none"
     if isinstance(policy, Chain):

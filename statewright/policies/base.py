@@ -41,7 +41,12 @@ class Slots:
 
 @dataclass(frozen=True)
 class Policy:
-    """Changes what a state keeps. `every`: it acts when a row's `seen` is a multiple of that."""
+    """Changes what a state keeps. `every`: it acts when a row's `seen` is a multiple of that.
+
+    >>> layer, x = MinGRU(8), torch.randn(1, 20, 8)
+    >>> torch.equal(layer(x)[0], layer(x, policy=ForgetMore(decay=0.5))[0])
+    False
+    """
 
     every: int = field(default=1, kw_only=True)
 
@@ -70,6 +75,9 @@ class Eviction(Policy):
     A subclass gives `score(slots)` (B, H, N): the lowest leaves, infinity is protected. `needs`
     says what it reads: "none", "keys" (and values), "last_row" or "column_sums" of the attention.
     `mark_names` are its own numbers per slot, brought up to date by `observe`.
+
+    >>> sorted(n for n, kind in POLICIES.items() if issubclass(kind, Eviction))
+    ['h2o', 'keydiff', 'keynorm', 'lagkv', 'random', 'tova', 'window']
     """
 
     budget: int | str = 0

@@ -18,6 +18,11 @@ class DeltaScale(RecurrentPolicy):
     One factor for all layers (jzhang38's LongMamba), or one per recurrent layer, "0.9/0.5/0.7"
     (MambaExtend, ICLR 2025, whose calibration is `repair`'s). A smaller factor forgets and writes
     less. Raises ValueError on models without a step size, or for a wrong number of factors.
+
+    >>> layer, x = Mamba2(8, head_dim=8), torch.randn(1, 20, 8)
+    >>> y, state = layer(x, policy=DeltaScale(factor=0.5))
+    >>> state.S.shape
+    torch.Size([1, 2, 128, 8])
     """
 
     factor: float | str = 0.5

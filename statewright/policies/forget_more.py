@@ -19,6 +19,11 @@ class ForgetMore(RecurrentPolicy):
     is scaled by `write` (> 0), neither a skip connection nor what is read. The horizon
     1 / (1 - decay), in tokens, wants to be near the training length: the paper's 0.9999 and 0.75
     are for 8K tokens. The authors' single-step code leaves the decay out; here it is one path.
+
+    >>> layer, x = MinGRU(8), torch.randn(1, 20, 8)
+    >>> y, state = layer(x, policy=ForgetMore(decay=0.9))
+    >>> state
+    VectorState(seen (1,), h (1, 8); 40 bytes)
     """
 
     decay: float = 0.9999

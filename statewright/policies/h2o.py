@@ -19,6 +19,10 @@ class H2O(Eviction):
     per="head" as the authors; per="layer": the mean over heads decides for all. The three official
     implementations differ; this is `real_drop`: the query sees budget + 1 tokens, the rows are
     physically gone, the sums are causal.
+
+    >>> _, state = Attention(8)(torch.randn(1, 20, 8), policy=H2O(budget=4))
+    >>> state.pos.shape
+    torch.Size([1, 4, 4])
     """
 
     recent: int | None = None

@@ -18,6 +18,10 @@ class KeyDiff(Eviction):
 
     score_i = -cos(k_i, mean_j k_j / |k_j|), per head, over the slots held now. The first `sinks`
     tokens never leave. Differs from the authors' code: their blocks are single tokens here.
+
+    >>> _, state = Attention(8)(torch.randn(1, 20, 8), policy=KeyDiff(budget=4))
+    >>> state.pos.shape
+    torch.Size([1, 4, 4])
     """
 
     sinks: int = 0

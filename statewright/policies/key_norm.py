@@ -16,6 +16,10 @@ class KeyNorm(Eviction):
 
     The first `sinks` tokens never leave. Differs from the authors' code, which prunes a prompt
     once to a ratio: here after every token, to a budget.
+
+    >>> _, state = Attention(8)(torch.randn(1, 20, 8), policy=KeyNorm(budget=4))
+    >>> state.pos.shape
+    torch.Size([1, 4, 4])
     """
 
     sinks: int = 0

@@ -20,6 +20,10 @@ class LagKV(Eviction):
     values'. Per head; the first `sinks` tokens and those not scored yet (at most 2 lag) are
     protected. Differs from the authors' code, which keeps a ratio of each partition: here scores
     are kept in the state and the lowest of all leaves when the budget is exceeded.
+
+    >>> _, state = Attention(8)(torch.randn(1, 20, 8), policy=LagKV(budget=9, lag=2))
+    >>> state.pos.shape
+    torch.Size([1, 4, 9])
     """
 
     sinks: int = 4

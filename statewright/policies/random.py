@@ -19,6 +19,10 @@ class Random(Eviction):
 
     A pure function of (seed, position of the token, tokens seen): no generator, the same in every
     layer and head, and in every row that has seen as many tokens.
+
+    >>> _, state = Attention(8)(torch.randn(1, 20, 8), policy=Random(budget=4))
+    >>> state.pos.shape
+    torch.Size([1, 4, 4])
     """
 
     seed: int = 0

@@ -77,7 +77,11 @@ Scan = Callable[[Gates, State], tuple[Tensor, State]]
 
 @dataclass(frozen=True)
 class RecurrentPolicy(Policy):
-    """Wraps the scan of every linear recurrence: Mamba-2, GLA, Mamba, minGRU, minLSTM."""
+    """Wraps the scan of every linear recurrence: Mamba-2, GLA, Mamba, minGRU, minLSTM.
+
+    >>> sorted(n for n, kind in POLICIES.items() if issubclass(kind, RecurrentPolicy))
+    ['deltascale', 'forgetmore', 'statenorm', 'statewindow']
+    """
 
     @property
     def factors(self) -> tuple[float, float] | None:
@@ -95,7 +99,11 @@ class RecurrentPolicy(Policy):
 
 @dataclass(frozen=True)
 class Chain(Policy):
-    """Several policies at once, "a+b": the first sees the gates first; at most one evicts."""
+    """Several policies at once, "a+b": the first sees the gates first; at most one evicts.
+
+    >>> policy_spec(Chain((ForgetMore(decay=0.5), Window(budget=8))))
+    'forgetmore:decay=0.5+window:budget=8'
+    """
 
     parts: tuple[Policy, ...] = ()
 
@@ -143,13 +151,18 @@ def scan(gates: Gates, state: State, policy: Policy | None = None) -> tuple[Tens
 
 def carried(state: State) -> Tensor:
     """What the recurrence carries: S (B, H, K, V), or h (B, D)."""
-    return state.S if isinstance(state, MatrixState) else state.h
+    if isinstance(state, MatrixState):
+        return state.S
+    assert isinstance(state, VectorState)
+    return state.h
 
 
 def with_carried(state: State, value: Tensor) -> State:
     """The state with another S, or h."""
-    name = "S" if isinstance(state, MatrixState) else "h"
-    return replace(state, **{name: value})
+    if isinstance(state, MatrixState):
+        return replace(state, S=value)
+    assert isinstance(state, VectorState)
+    return replace(state, h=value)
 
 
 def _wrapped(part: RecurrentPolicy, inner: Scan) -> Scan:

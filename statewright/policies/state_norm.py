@@ -25,12 +25,20 @@ class StateNorm(RecurrentPolicy):
     (`norms`, one tensor (H,) per layer, measured by `models.calibration`). Exact per token at
     every=1, which is sequential. Differs from the authors' code: it scales down, not up; outputs
     see the rescaled state; and the state carried is the rescaled one.
+
+    >>> layer, x = MinGRU(8), torch.randn(1, 20, 8)
+    >>> y, state = layer(x, policy=StateNorm(limit=0.5, every=1))
+    >>> bool(state.h.norm() < 0.501)
+    True
     """
 
     limit: float | str = "1x"
     every: int = field(default=64, kw_only=True)
     norms: tuple[Tensor, ...] | None = field(
         default=None, kw_only=True, compare=False, repr=False, metadata={"spec": False}
+    )
+    _value: tuple[float, bool] = field(
+        init=False, compare=False, repr=False, metadata={"spec": False}
     )
 
     def __post_init__(self) -> None:

@@ -18,6 +18,10 @@ class TOVA(Eviction):
     paper's better variant); per="head": each key head drops its own. The current token is a legal
     victim; the first `sinks` tokens never leave (TOVA+i). Differs from the release: scores are at
     least float32 and from before dropout, ties are broken (oldest first), and pads do not exist.
+
+    >>> _, state = Attention(8)(torch.randn(1, 20, 8), policy=TOVA(budget=4))
+    >>> state.pos.shape
+    torch.Size([1, 4, 4])
     """
 
     sinks: int = 0

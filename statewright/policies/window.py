@@ -17,6 +17,10 @@ class Window(Eviction):
 
     `sinks` counts inside the budget, as in arXiv:2401.06104's Window+i. Differs from the
     StreamingLLM release: tokens keep their original positions, they are not renumbered.
+
+    >>> _, state = Attention(8)(torch.randn(1, 20, 8), policy=Window(budget=4, sinks=1))
+    >>> sorted(state.pos[0, 0].tolist())
+    [0, 17, 18, 19]
     """
 
     sinks: int = 0

@@ -22,7 +22,11 @@ from statewright.tasks.stream import Stream
 
 
 def build_task(text: str) -> Task:
-    """`build_task("passkey:length=64k")`; ValueError names what is unknown."""
+    """`build_task("passkey:length=64k")`; ValueError names what is unknown.
+
+    >>> build_task("passkey:length=4k").length
+    4096
+    """
     return spec.build(text, TASKS, "task")
 
 

@@ -41,7 +41,12 @@ class Batch:
 
 
 class Task(Protocol):
-    """`version` changes whenever the same (n, seed) would give other data or another score."""
+    """`version` changes whenever the same (n, seed) would give other data or another score.
+
+    >>> sample = build_task("passkey:length=300").draw(1, 0, byte_tokenizer()).samples[0]
+    >>> len(sample.input_ids)
+    210
+    """
 
     version: ClassVar[int]
 
