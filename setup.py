@@ -61,6 +61,7 @@ setup(
     package_data={
         "statewright": ["py.typed"],
         "statewright.ops": ["csrc/*.c", "csrc/*.h", "csrc/*.txt"],
+        "statewright.demos": ["book.txt", "*/*.json", "*/*.safetensors"],
         "statewright.evaluation.lm_eval_tasks": ["*.yaml"],
     },
     ext_modules=[

@@ -12,8 +12,7 @@ import pytest
 from test_train import one_thread  # noqa: F401
 
 import statewright
-from statewright.cli import collapse_step, main, progress
-from statewright.hf import pretrained
+from statewright.cli import main, progress
 from statewright.state_file import load_state, read_state_file
 
 TEXT = "".join(f"{n} green bottles, standing on a wall; and if one falls, " for n in range(150))
@@ -182,43 +181,6 @@ def test_list_names_everything(run) -> None:
     assert ran.code == 0 and ran.err == ""
     for name in (*MIXERS, *VECTOR_BACKENDS, "expansion=", "bytes", "characters"):
         assert name in ran.out
-
-
-def test_quickstart(home: Path, tmp_path: Path, run, monkeypatch) -> None:
-    monkeypatch.setenv("STATEWRIGHT_HOME", str(tmp_path / "nothing"))
-    monkeypatch.setattr(pretrained, "lacking", lambda: ["gguf"])
-    monkeypatch.setattr(collapse_step, "_STEPS", 4)
-    target = tmp_path / "quick"
-    argv = ["quickstart", "--text", home / "book.txt", "--output-dir", target, "--seconds", "1"]
-    ran = run(*argv)
-    assert ran.code == 0, ran.err
-    assert ran.out.count("identical") == 4 and "DIFFERENT" not in ran.out
-    steps = "1 train|2 write|3 read|4 go back|5 bound|[smollm]|6 diagnose|policies tried|7 expand"
-    assert [part for part in steps.split("|") if part not in ran.out] == []
-    before = fingerprint(target)
-    assert_refused(run(*argv[:2], tmp_path / "none.txt", *argv[3:]), "no such file")
-    (tmp_path / "short.txt").write_text("short")
-    assert_refused(run(*argv[:2], tmp_path / "short.txt", *argv[3:]), "need")
-    assert fingerprint(target) == before
-    loaded = ["generate", target, "--load-state", target / "reader.state", "--max-new-tokens", "3"]
-    assert run(*loaded).code == 0
-    assert_refused(run("train", "--output-dir", target, "--resume"), "text")
-
-
-def test_quickstart_stops_at_ctrl_c(home: Path, tmp_path: Path, run, monkeypatch) -> None:
-    def press(bar, event: dict) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(progress.TrainingBar, "__call__", press)
-    ran = run("quickstart", "--text", home / "book.txt", "--output-dir", tmp_path / "q")
-    assert ran.code == 130 and ran.err.splitlines()[-1].startswith("statewright: interrupted")
-
-
-def test_quickstart_keeps_out_of_foreign_directories(home: Path, tmp_path: Path, run) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    argv = ["quickstart", "--text", home / "book.txt", "--output-dir", tmp_path, "--seconds", "1"]
-    assert_refused(run(*argv), "not empty")
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 TEXTS = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from test_cli import Ran, assert_refused
 from transformers import AutoConfig
 
 from statewright.cli import main
-from statewright.hf import hub, pretrained
+from statewright.hf import hub
 from statewright.hf.families import FAMILIES
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.models.tokenizers import byte_tokenizer, load_tokenizer
@@ -120,20 +118,6 @@ def test_what_transformers_must_be_told_is_one_line(home: Path, run) -> None:
     assert ran.code == 0 and "Warning" not in ran.err
     notes = " ".join(ran.err.split())
     assert "note: " in notes and "fed token by token, slower" in notes
-
-
-def test_quickstart_bounds_a_transformer(home: Path, monkeypatch, capsys) -> None:
-    from rich.console import Console
-
-    module = importlib.import_module("statewright.cli.quickstart")
-    monkeypatch.setattr(pretrained, "locate", lambda name: home / "llama")
-    module._bound(Console(width=200), TEXT * 9)
-    lines = [line for line in capsys.readouterr().out.splitlines() if " bytes after " in line]
-    found = [[int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", li)][-4:] for li in lines]
-    (free, page, free_end, end), (held, _, held_end, _) = found
-    assert page == module._PAGE and end > page and "under tova:budget=" in lines[1]
-    assert free_end / end == pytest.approx(free / page, rel=0.01)
-    assert held == held_end < free / 4
 
 
 REFUSED: dict[str, Any] = {

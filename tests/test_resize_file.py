@@ -265,29 +265,6 @@ def test_laws_hold_on_disk_sizes(tmp_path: Path) -> None:
     assert found[0].ok
 
 
-def test_quickstart_expands_a_trained_model(tmp_path: Path) -> None:
-    from statewright.cli.expand_step import expand
-    from statewright.train.config import TrainConfig
-    from statewright.train.data import corpus_of
-    from statewright.train.loop import Run
-
-    text = "It was the best of times, it was the worst of times. " * 60
-    train, rest = corpus_of([[text]], byte_tokenizer()).split(0.25)
-    config = TrainConfig(num_steps=2, num_lanes=2, length=16, eval_every=2, save_every=2)
-    options = dict(vocab_size=257, hidden_size=16, num_hidden_layers=2, mlp_ratio=1.0)
-    model = StatewrightForCausalLM(StatewrightConfig(**options))
-    run = Run(model, byte_tokenizer(), train, rest, config, tmp_path)
-    run.train()
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-    said: list[str] = []
-    console = type("Console", (), {"print": lambda self, text: said.append(text)})()
-    expand(console, run, seconds=0.0)
-    assert "logits differ by [bold]0[/bold]" in said[0] and "4 steps later" in said[1]
-    assert load(tmp_path / "expanded").config.mixer == "mingru:expansion=4.0"
-    assert load(tmp_path / "control").config.mixer == "mingru"
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-
-
 @pytest.mark.parametrize(("mixer", "init"), [("mamba2", "zero"), ("gla", "inherit")])
 def test_the_benchmark_compares_like_with_like(mixer: str, init: str) -> None:
     from statewright.bench import resize as bench

@@ -61,7 +61,8 @@ _OWN_FILES = {
     "state_file", "cells", "text_file", "ops.native_digest", "checks.peak", "report.xray",
     "studies.train_cost", "studies.rl.collect", "train.loop", "train.data_files",
     "train.checkpoint", "train.distributed", "models.stream", "models.weights", "models.shim",
-    "models.load", "hf.fetch", "hf.pretrained", "provenance", "diagnose.train_length",
+    "models.load", "hf.fetch", "hf.pretrained", "provenance", "diagnosis.train_length",
+    "demos.__init__", "signatures",
     "bench.memory", "bench.table",
 }  # fmt: skip
 

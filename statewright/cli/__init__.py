@@ -15,6 +15,7 @@ from statewright.cli.check import check
 from statewright.cli.common import Verbs
 from statewright.cli.convert import convert
 from statewright.cli.data import data
+from statewright.cli.demo import demo
 from statewright.cli.diagnose import diagnose
 from statewright.cli.evaluate import eval_
 from statewright.cli.generate import generate
@@ -46,6 +47,7 @@ def cli(ctx: click.Context) -> None:
 
 for verb in (
     quickstart,
+    demo,
     data,
     train,
     generate,

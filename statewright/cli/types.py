@@ -220,9 +220,10 @@ class Model(click.Path):
 
     def words(self) -> Iterable[str]:
         """Names that are no directories."""
+        from statewright.demos import MODELS, PREFIX
         from statewright.hf.pretrained import PRETRAINED
 
-        return PRETRAINED
+        return (*PRETRAINED, *(PREFIX + name for name in MODELS))
 
     def located(self, value: Any) -> str:
         from statewright.hf.pretrained import locate

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from statewright import demos
+from statewright.places import cache_directory, new_directory
 
 EXTRA = "smollm"
 _FORMAT = 1
@@ -50,14 +50,19 @@ PRETRAINED = {
 
 
 def locate(model: str | Path) -> Path | str:
-    """The directory of a model of `PRETRAINED`; anything else, and a directory, comes back as is.
+    """The directory of a model of `PRETRAINED` or of the package's demos; anything else, and a
+    directory, comes back as is.
 
     On first use the quantised weights become a plain float32 model in `cache_directory`, which
     transformers and we read like any other. Raises ValueError, naming the command, if the file has
     not been fetched or the packages that read it are not installed.
     """
+    if Path(model).exists():
+        return model
+    if (demo := demos.locate(str(model))) is not None:
+        return demo
     found = PRETRAINED.get(str(model))
-    if found is None or Path(model).exists():
+    if found is None:
         return model
     source = stored(found)
     needs = []
@@ -74,16 +79,6 @@ def locate(model: str | Path) -> Path | str:
             verify(source, found)
         _convert(source, target)
     return target
-
-
-def cache_directory() -> Path:
-    """Where fetched and converted models lie; may not exist yet.
-
-    $STATEWRIGHT_HOME/models; without it $XDG_CACHE_HOME/statewright/models, or that of ~/.cache.
-    """
-    own = os.environ.get("STATEWRIGHT_HOME")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (Path(own) if own else Path(base) / "statewright") / "models"
 
 
 def fetched_path(packaged: Packaged) -> Path:
@@ -120,32 +115,17 @@ def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     place, file = source.parent, source.name
-    scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
-    try:
-        with _quiet():
-            read = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
-            options = read.config.to_dict()
-            config = LlamaConfig(**{k: v for k, v in options.items() if k not in _NOT_PLAIN})
-            # A model that was read from GGUF counts as quantised and refuses to be saved.
-            plain = LlamaForCausalLM(config).to(torch.float32)
-            plain.load_state_dict(read.state_dict())
-            plain.generation_config = read.generation_config
-            plain.save_pretrained(scratch)
-            AutoTokenizer.from_pretrained(place, gguf_file=file).save_pretrained(scratch)
-        _publish(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _publish(scratch: Path, target: Path) -> None:
-    try:
-        scratch.rename(target)
-    except OSError:
-        # Another process may have been faster; its copy is as good.
-        if not target.is_dir():
-            raise
+    with new_directory(target) as scratch, _quiet():
+        read = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
+        options = read.config.to_dict()
+        config = LlamaConfig(**{k: v for k, v in options.items() if k not in _NOT_PLAIN})
+        # A model that was read from GGUF counts as quantised and refuses to be saved.
+        plain = LlamaForCausalLM(config).to(torch.float32)
+        plain.load_state_dict(read.state_dict())
+        plain.generation_config = read.generation_config
+        plain.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(place, gguf_file=file).save_pretrained(scratch)
 
 
 @contextlib.contextmanager

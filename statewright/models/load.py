@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from statewright import spec
+from statewright.hf.pretrained import locate
 from statewright.mixers import MIXERS
 from statewright.models.calibration import read_norms
 from statewright.models.config import StatewrightConfig
@@ -27,16 +28,15 @@ _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "spiece", 
 def load(path: str | Path, dtype: torch.dtype | str | None = None) -> StatewrightForCausalLM:
     """Load a model directory in evaluation mode: ours, or a family of `models/convert`.
 
-    Also reads the original `state-spaces` layout. dtype None keeps the checkpoint's. Raises
-    ValueError, in one line, for a directory without a model, an unsupported type or option, a
-    damaged file, and weights that are missing, unexpected, mis-shaped or of mixed dtypes.
+    path: also a name such as `demo:collapsed` or `smollm2-135m`. Also reads the original
+    `state-spaces` layout. dtype None keeps the checkpoint's. Raises ValueError, in one line, for a
+    directory without a model, an unsupported type or option, a damaged file, and weights that are
+    missing, unexpected, mis-shaped or of mixed dtypes.
 
-    >>> model = StatewrightForCausalLM(StatewrightConfig(hidden_size=8, num_hidden_layers=2))
-    >>> model.save_pretrained("runs/a")
-    >>> load("runs/a").config.hidden_size
-    8
+    >>> load("demo:recall").num_parameters()
+    79504
     """
-    path = Path(path)
+    path = Path(locate(path))
     raw = read_config(path)
     config, family = config_of(raw, path)
     tensors = read_weights(path)

@@ -1,0 +1,27 @@
+"""`statewright demo`: small models and a text to try every verb on."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.argument("directory", type=click.Path(), metavar="DIR")
+def demo(directory: str) -> None:
+    """Write three small models and a text into DIR, to try the other verbs on.
+
+    The models are also known by name wherever a verb takes a model: demo:collapsed,
+    demo:transformer and demo:recall.
+    """
+    from statewright.cli.common import human_bytes
+    from statewright.demos import MODELS, TEXT, write
+
+    for path in write(directory):
+        if path.name == TEXT:
+            click.echo(f"{path}  the beginning of Moby-Dick, {human_bytes(path.stat().st_size)}")
+        else:
+            click.echo(f"{path}  {MODELS[path.name]}")
+    book = f"{directory}/{TEXT}"
+    click.echo(f"\nnext:\n  statewright diagnose demo:collapsed --text {book}")
+    click.echo("  statewright generate demo:collapsed --prompt 'Call me '")
+    click.echo(f"  statewright eval demo:transformer --text {book} --policy window:budget=64")
