@@ -75,8 +75,11 @@ def _place(home: Path, fill: Callable[[Path], None]) -> None:
     part = home.with_name(f"{home.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    fill(part)
-    part.replace(home)
+    try:
+        fill(part)
+        part.replace(home)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _clone(version: str, home: Path) -> None:

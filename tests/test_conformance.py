@@ -110,3 +110,4 @@ def test_without_github_one_line_says_what_is_missing(monkeypatch, tmp_path, cap
     monkeypatch.setattr(conformance, "_clone", lambda _, home: (home / "tests").mkdir())
     assert conformance.fetch("5.1") == tmp_path / "transformers-5.1"
     assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pypi-5.1", "transformers-5.1"]
