@@ -129,7 +129,7 @@ def _train(
         if found.succeeded:
             beside.replace(directory)
     except TrainingInterrupted as stop:
-        raise click.exceptions.Exit(130) from stop
+        raise click.exceptions.Exit(stop.exit_code) from stop
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return found

@@ -9,6 +9,7 @@ import click
 
 from statewright.cli.common import options_of
 from statewright.cli.presets import preset_option
+from statewright.cli.resume import changes, given, is_begun, located, refuse_other_options
 from statewright.cli.types import COUNT, MIXER, MODEL, POSITIVE, TEXT, TOKENIZER
 from statewright.train.config import TrainConfig
 
@@ -42,9 +43,6 @@ _HELPS = {
     "save_every": "Steps between checkpoints.",
     "num_checkpoints": "Checkpoints kept.",
 }
-_OWN = {"text", "data", "output_dir", "resume", "valid_text", "tensorboard", "device"}
-# What a step computes does not depend on these.
-_CHANGEABLE = {"parallel", "num_accumulation", "checkpointing"}
 # Held-out tokens of data files, at most: a share of a large one would take longer than training.
 _HELD_OUT = 1_000_000
 
@@ -55,7 +53,14 @@ _HELD_OUT = 1_000_000
 @click.option("--model", type=MODEL, help="Go on from this model, instead of afresh.")
 @click.option("--device", default="cpu", show_default=True, help="cuda: one GPU per process.")
 @click.option("--output-dir", required=True, type=click.Path(), help="Where the run is written.")
-@click.option("--resume", is_flag=True, help="Continue the run in --output-dir, exactly.")
+@click.option(
+    "--resume",
+    type=click.Choice(["exact", "auto"]),
+    is_flag=False,
+    flag_value="exact",
+    help="Continue the run in --output-dir, exactly; auto: begin it, continue it, or extend it to "
+    "more steps: one command for all.",
+)
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events.")
 @click.option("--valid-text", type=TEXT, help="Held-out text [default: end of --text].")
 @click.option("--valid-share", default=0.1, show_default=True, help="Share of --text held out.")
@@ -86,19 +91,24 @@ _HELD_OUT = 1_000_000
 @options_of(TrainConfig, _HELPS)
 @click.pass_context
 def train(ctx: click.Context, output_dir: str, **options: Any) -> None:
-    """Train a language model on text or token files; Ctrl-C saves, --resume continues exactly.
+    """Train a language model on text or token files; --resume continues exactly.
 
     Documents are files, or those of the token file. Rows of a batch are lanes of consecutive
     text: the state is carried from step to step and reset where a document begins. Under
-    torchrun, several processes share a step.
+    torchrun, several processes share a step. Ctrl-C, SIGTERM and SIGUSR1 save after the step and
+    end with 128 + the signal's number.
     """
-    directory, given = Path(output_dir), bool(options["text"]) + bool(options["data"])
-    config = TrainConfig(**{name: options[name] for name in _HELPS})
-    if options["resume"]:
-        _refuse_other_options(ctx)
-    elif given != 1:
+    directory, sources = Path(output_dir), bool(options["text"]) + bool(options["data"])
+    going_on = options["resume"]
+    if going_on == "auto" and not is_begun(directory):
+        going_on = None
+    if going_on is None:
+        config = TrainConfig(**{name: options[name] for name in _HELPS})
+    if going_on == "exact":
+        refuse_other_options(ctx)
+    elif going_on is None and sources != 1:
         raise click.UsageError("give at least one --text FILE, or --data DIR", ctx)
-    elif list(directory.glob("checkpoint-*")) or (directory / "config.json").exists():
+    elif going_on is None and _holds_a_run(directory):
         raise ValueError(
             f"{directory} already holds a run: --resume continues it, "
             "another --output-dir starts afresh"
@@ -109,12 +119,15 @@ def train(ctx: click.Context, output_dir: str, **options: Any) -> None:
     from statewright.train.distributed import joined
 
     with joined():
-        if options["resume"]:
-            changed = {name: options[name] for name in _CHANGEABLE if _is_given(ctx, name)}
-            run = _resumed(directory, options, changed)
+        if going_on:
+            run = _resumed(directory, {**options, "output_dir": output_dir}, given(ctx))
         else:
             run = _fresh(directory, config, options)
         _train(run, options["tensorboard"])
+
+
+def _holds_a_run(directory: Path) -> bool:
+    return any(directory.glob("checkpoint-*")) or (directory / "config.json").exists()
 
 
 def _train(run: Any, tensorboard: bool) -> None:
@@ -132,6 +145,8 @@ def _train(run: Any, tensorboard: bool) -> None:
         f"{run.model.config.mixer}, {parameters:,} parameters, {run.num_tokens:,} training "
         f"tokens, {together}state {run.state.rows(0).nbytes:,} bytes"
     )
+    if run.step == run.config.num_steps:
+        console.print(f"its {run.step:,} steps are done; a higher --num-steps extends it")
     bar = TrainingBar(console, run.config.num_steps, run.step)
     board = TensorBoardListener(run.directory) if tensorboard and first else None
     listeners = [bar] if board is None else [bar, board]
@@ -142,7 +157,7 @@ def _train(run: Any, tensorboard: bool) -> None:
     except TrainingInterrupted as stop:
         click.echo(f"\nstatewright: {stop}", err=True)
         click.echo(f"resume: statewright train --output-dir {run.directory} --resume", err=True)
-        raise click.exceptions.Exit(130) from None
+        raise click.exceptions.Exit(stop.exit_code) from None
     except TrainingStopped as stop:
         raise ValueError(str(stop)) from None
     finally:
@@ -170,6 +185,8 @@ def _fresh(directory: Path, config: TrainConfig, options: dict[str, Any]) -> Any
         "data": [list(_weighted(entry)) for entry in options["data"]],
         "valid_text": valid_text and str(Path(valid_text).resolve()),
         "valid_share": options["valid_share"],
+        "tokenizer": options["tokenizer"],
+        "model": located(options["model"]),
     }
     if options["model"]:
         model, tokenizer = load(options["model"]), saved_tokenizer(options["model"])
@@ -232,7 +249,8 @@ def _new_model(options: dict[str, Any], tokenizer: Any, seed: int) -> Any:
         return StatewrightForCausalLM(model_config)
 
 
-def _resumed(directory: Path, options: dict[str, Any], changed: dict[str, Any]) -> Any:
+def _resumed(directory: Path, options: dict[str, Any], names: set[str]) -> Any:
+    """The run that is there; names: of the options that were given."""
     from statewright.cli.common import quiet_libraries
     from statewright.models import load
     from statewright.models.tokenizers import saved_tokenizer
@@ -245,7 +263,8 @@ def _resumed(directory: Path, options: dict[str, Any], changed: dict[str, Any]) 
     record = found[-1].record
     if "text" not in record:
         raise ValueError(f"{directory}: not made by statewright train, its text is not recorded")
-    about = {name: record[name] for name in ("text", "valid_text", "valid_share")}
+    about = {n: record[n] for n in ("text", "valid_text", "valid_share")}
+    about |= {n: record[n] for n in ("tokenizer", "model") if n in record}
     about["data"] = record.get("data_files", [])
     if options["text"]:
         about["text"] = [str(Path(path).resolve()) for path in options["text"]]
@@ -253,8 +272,9 @@ def _resumed(directory: Path, options: dict[str, Any], changed: dict[str, Any]) 
         about["data"] = [list(_weighted(entry)) for entry in options["data"]]
     if options["valid_text"]:
         about["valid_text"] = str(Path(options["valid_text"]).resolve())
-    config = TrainConfig(**{**record["config"], **changed})
     model, tokenizer = load(found[-1].path), saved_tokenizer(found[-1].path)
+    changed = changes(names, options, record, model.config)
+    config = TrainConfig(**{**record["config"], **changed})
     run = _run(directory, _placed(model, options["device"]), tokenizer, config, about)
     run.resume()
     return run
@@ -298,14 +318,3 @@ def _token_files(paths: list[str], tokenizer: Any) -> list[Any]:
             raise ValueError(f"{path}: made with another tokenizer than the model's")
         corpora.append(corpus)
     return corpora
-
-
-def _is_given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-
-
-def _refuse_other_options(ctx: click.Context) -> None:
-    given = [n for n in ctx.params if n not in _OWN | _CHANGEABLE and _is_given(ctx, n)]
-    if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise click.UsageError(f"--resume takes the run's own options; leave out {names}", ctx)

@@ -55,6 +55,14 @@ class World:
         dist.all_reduce(total)
         return total.item()
 
+    def max(self, number: int, device: torch.device) -> int:
+        """The largest of all processes."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number, device=device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest.item())
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

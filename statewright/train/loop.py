@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +46,7 @@ from statewright.train.passing import (
     first_documents,
     join_rows,
 )
+from statewright.train.signals import noted
 
 Listener = Callable[[dict[str, Any]], None]
 Weighted = Sequence[tuple[Corpus, float]]
@@ -56,11 +54,14 @@ METRICS = "metrics.jsonl"
 
 
 class TrainingInterrupted(Exception):
-    """Ctrl-C: everything is saved at `checkpoint`."""
+    """Ctrl-C, SIGTERM or SIGUSR1: everything is saved at `checkpoint`.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    exit_code: 128 + the signal's number, as a shell says it: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, signum: int) -> None:
         super().__init__(f"interrupted after step {checkpoint.step}; saved {checkpoint.path}")
-        self.checkpoint = checkpoint
+        self.checkpoint, self.exit_code = checkpoint, 128 + signum
 
 
 @dataclass
@@ -106,7 +107,7 @@ class Run:
         called = ContextModel(model) if self.columns.size > 1 else model
         objective = Objective(called, config, self.initial)
         self.objective = parallelize(objective, config.parallel, self.world)
-        self.step = 0
+        self.step, self.evaluated = 0, 0
         self.last: Checkpoint | None = None
         self.seconds = 0.0
         self.valid: HeldOut | None = None
@@ -154,6 +155,7 @@ class Run:
         self.state = newest.carried(self.state, self.rows)
         self.step, self.last = newest.step, newest
         self.seconds = newest.record["seconds"]
+        self.evaluated = newest.record.get("evaluated", newest.step)
         if self.world.rank == 0:
             self._truncate_metrics(newest.record["metrics_bytes"])
 
@@ -165,22 +167,36 @@ class Run:
             if self.last is None:
                 self._truncate_metrics(0)
         self._note_length()
-        with together(self.world, self.directory), _interrupts() as interrupted:
-            while self.step < self.config.num_steps:
-                self._one_step()
-                done = self.step == self.config.num_steps
-                due = done or self.step % self.config.eval_every == 0
-                if self.valid_corpus is not None and due:
+        with together(self.world, self.directory), noted() as came:
+            while True:
+                if self._owes_evaluation:
                     self._evaluate()
-                if self.world.sum(interrupted(), self.model.device):
+                    self._heed(came())
+                if self.step >= self.config.num_steps:
+                    break
+                if self.step and self.step % self.config.save_every == 0:
                     self.save()
-                    raise TrainingInterrupted(self.last)
-                if done or self.step % self.config.save_every == 0:
-                    self.save()
+                self._one_step()
+                # Before an evaluation, which may outlast what a scheduler waits.
+                self._heed(came())
             self.save()
             if self.world.rank == 0:
                 publish(self.last.path, self.directory)
             self.world.barrier()
+
+    @property
+    def _owes_evaluation(self) -> bool:
+        """Whether this step's is due and not done: a run may have been interrupted before it."""
+        done = self.step == self.config.num_steps
+        due = self.step > 0 and (done or self.step % self.config.eval_every == 0)
+        return due and self.evaluated != self.step and self.valid_corpus is not None
+
+    def _heed(self, signum: int) -> None:
+        """Stop every process if one got a signal."""
+        signum = self.world.max(signum, self.model.device)
+        if signum:
+            self.save()
+            raise TrainingInterrupted(self.last, signum)
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none, and delete those no longer kept."""
@@ -193,6 +209,7 @@ class Run:
             "seconds": self.seconds,
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "num_processes": self.world.size,
+            "evaluated": self.evaluated,
             **self.about,
         }
         holder = Holder(
@@ -285,6 +302,7 @@ class Run:
             self.valid = held_out(
                 self.model, self.valid_corpus, self.config.length, self.config.policy
             )
+        self.evaluated = self.step
         self._record(
             event="held_out",
             step=self.step,
@@ -317,23 +335,3 @@ class Run:
             f"lower the learning rate ({self.config.rate(self.step):.2g}) or the clip "
             f"({self.config.clip:.2g}); {kept}"
         )
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits until a step is done, so that no save is cut; a second one does not wait."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    pressed = []
-
-    def note(signum: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(signum)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
