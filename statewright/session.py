@@ -13,16 +13,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from statewright.hf.host import ForeignModel, as_host
 from statewright.history import History, Snapshot
 from statewright.mixers import Attention, Mixer
+from statewright.models.sampling import Sampling, whole
 from statewright.policies import Policy, build_policy, eviction_of, policy_spec, recurrent_parts
 from statewright.shapes import require
 from statewright.state import State
@@ -129,16 +124,19 @@ class Session:
 
         temperature 0 is greedy. Randomness comes from `seed` and the position alone, so a
         rewound, forked or reloaded session writes the same again. With `stop`, ends once
-        every row has written that token. Raises ValueError before the first token is read.
+        every row has written that token. Raises ValueError at once for settings outside their
+        ranges (see `Sampling`), and before the first token is read.
         """
         if self._logits is None:
             raise ValueError("generate: nothing has been read yet; feed a prompt first")
-        if temperature < 0:
-            raise ValueError(f"generate: temperature={temperature}, expected at least 0")
-        warp = _warpers(temperature, top_k, top_p)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return self._written(whole("max_new_tokens", max_new_tokens), sampling, stop)
+
+    def _written(self, max_new_tokens: int, sampling: Sampling, stop: int | None) -> Iterator:
         stopped = torch.zeros(self.batch_size, dtype=torch.bool)
         for _ in range(max_new_tokens):
-            ids = self._sample(warp, temperature, seed)
+            assert self._logits is not None  # `stream` has looked
+            ids = sampling.draw(self._logits, self._position)
             self._read(ids.unsqueeze(1))
             yield ids
             if stop is not None:
@@ -272,26 +270,6 @@ class Session:
                 state = self._call(torch.from_numpy(piece).to(self._device), state).state
             self._state, self._owned = state, bool(pieces)
         return self._state
-
-    def _sample(self, warp: LogitsProcessorList, temperature: float, seed: int) -> Tensor:
-        logits = self._logits.float()  # type: ignore[union-attr]  # `stream` has looked
-        if temperature == 0:
-            return logits.argmax(-1)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + self._position)
-        probabilities = warp(None, logits).softmax(-1).cpu()
-        drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-        return drawn.to(logits.device)
-
-
-def _warpers(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
-    warp = LogitsProcessorList()
-    if temperature not in (0, 1):
-        warp.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warp.append(TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1:
-        warp.append(TopPLogitsWarper(top_p))
-    return warp
 
 
 def _policy_of(model: Any, policy: Policy | str | None) -> Policy | None:
