@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 
@@ -21,7 +23,8 @@ def demo(directory: str) -> None:
             click.echo(f"{path}  the beginning of Moby-Dick, {human_bytes(path.stat().st_size)}")
         else:
             click.echo(f"{path}  {MODELS[path.name]}")
-    book = f"{directory}/{TEXT}"
+    book = Path(directory) / TEXT
     click.echo(f"\nnext:\n  statewright diagnose demo:collapsed --text {book}")
     click.echo("  statewright generate demo:collapsed --prompt 'Call me '")
-    click.echo(f"  statewright eval demo:transformer --text {book} --policy window:budget=64")
+    task = f"perplexity:length=512:text={book}"
+    click.echo(f"  statewright eval demo:transformer --task {task} --policy tova:budget=32")
