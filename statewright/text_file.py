@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -45,6 +47,24 @@ def read_text(path: str | Path) -> Iterator[str]:
 def whole_text(path: str | Path) -> str:
     """All of `read_text` in one string."""
     return "".join(read_text(path))
+
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file and their numbers from 1, one at a time; .gz is unpacked.
+
+    Raises ValueError, with the line's number, for what is no UTF-8 text or a damaged .gz.
+    """
+    path, number = Path(path), 0
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not UTF-8 text ({error.reason})") from error
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}, after line {number}: a damaged .gz file") from error
 
 
 def _decoded(file: BinaryIO, path: Path) -> Iterator[str]:

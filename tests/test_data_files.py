@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -150,7 +152,7 @@ def test_datasets(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"text": t, "n": 1}) + "\n" for t in TEXTS))
     for stream in (False, True):
         assert list(dataset_documents(str(path), stream=stream)) == [[t] for t in TEXTS]
-    with pytest.raises(ValueError, match=r"no text column 'body', but \['n', 'text'\]"):
+    with pytest.raises(ValueError, match="no text column 'body', but n, text"):
         list(dataset_documents(str(path), column="body"))
     with pytest.raises(ValueError, match="nowhere"):
         list(dataset_documents(str(tmp_path / "nowhere")))
@@ -164,6 +166,45 @@ def test_a_byte_order_mark_is_no_row(kind: str, tmp_path: Path) -> None:
     path.write_text(body[kind], encoding="utf-8-sig")
     for stream in (False, True):
         assert list(dataset_documents(str(path), stream=stream)) == [["caf\xe9"]]
+
+
+GOOD = json.dumps({"text": "caf\xe9", "n": 1}, ensure_ascii=False)
+BAD_LINES = {
+    "null": ('{"text": null}', "column 'text' is null, expected text"),
+    "number": ('{"text": 3}', "column 'text' holds no text, but int"),
+    "missing": ('{"body": "x", "id": 1}', "no text column 'text', but body, id"),
+    "list": ('["x"]', "expected an object with a column 'text'"),
+    "broken": ('{"text": "x', "not JSON (Unterminated string starting at, column 10)"),
+    "deep": ("[" * 100_000, "JSON that is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+def test_json_lines_need_no_package_and_say_which_line_is_wrong(
+    packed: bool, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    path = tmp_path / ("rows.jsonl.gz" if packed else "rows.jsonl")
+
+    def write(text: str) -> None:
+        body = text.encode("utf-8-sig")
+        path.write_bytes(gzip.compress(body) if packed else body)
+
+    write(f"{GOOD}\n\n{GOOD}")
+    assert list(dataset_documents(str(path))) == [["caf\xe9"]] * 2
+    for line, said in BAD_LINES.values():
+        write(f"{GOOD}\n\n{line}\n{GOOD}\n")
+        with pytest.raises(ValueError, match=re.escape(f"{path}, line 3: {said}")):
+            list(dataset_documents(str(path)))
+    path.write_bytes(path.read_bytes()[:-9] if packed else f"{GOOD}\n".encode("latin-1"))
+    wrong = "after line [0-9]: a damaged .gz file" if packed else "line 1: not UTF-8 text"
+    with pytest.raises(ValueError, match=wrong):
+        list(dataset_documents(str(path)))
+
+
+def test_a_file_that_is_not_there_is_no_dataset_of_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing\.jsonl: no such file"):
+        list(dataset_documents(str(tmp_path / "nothing.jsonl")))
 
 
 def test_without_datasets_it_says_what_to_install(monkeypatch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from statewright.models.tokenizers import saved_tokenizer
-from statewright.text_file import read_text
+from statewright.text_file import numbered_lines, read_text
 from statewright.train.checkpoint import replace_directory
 from statewright.train.data import Corpus, encoder, token_dtype
 
@@ -27,6 +27,7 @@ _HEADER = 4096
 _NAMES = {"uint16": "U16", "int32": "I32", "int64": "I64"}
 # Kinds of local files whose byte order mark is no text.
 _TEXTUAL = ("csv", "json", "text")
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
 _TYPES = {name: np.dtype(kind) for kind, name in _NAMES.items()}
 
 
@@ -124,19 +125,24 @@ def text_documents(path: str | Path, boundary: str | None = None) -> Iterator[It
 def dataset_documents(
     name: str, split: str = "train", column: str = "text", stream: bool = False
 ) -> Iterator[list[str]]:
-    """The rows of a Hugging Face dataset: `id`, `id:config`, or a local json, csv or parquet file.
+    """The rows of a Hugging Face dataset: `id`, `id:config`, or a local jsonl, json, csv or parquet
+    file, .gz too; of .jsonl without the package `datasets`.
 
-    stream: read while downloading, instead of first. Raises ValueError if the package, the
-    dataset or the column is missing.
+    stream: read while downloading, instead of first. Raises ValueError if the package, the dataset
+    or the column is missing, and with the place of a row that is broken or has no text.
     """
+    path, _, config = name.partition(":")
+    kind = next((s[1:] for s in reversed(Path(path).suffixes) if s not in _PACKED), "")
+    if kind == "jsonl" and split == "train":
+        yield from _json_lines(path, column)
+        return
     try:
         import datasets
     except ImportError as error:
         raise ValueError(
             f"--dataset {name} needs the datasets package: pip install 'statewright[data]'"
         ) from error
-    path, _, config = name.partition(":")
-    kind = {".jsonl": "json", ".txt": "text"}.get(Path(path).suffix, Path(path).suffix[1:])
+    kind = {"jsonl": "json", "txt": "text"}.get(kind, kind)
     where: dict[str, Any] = {"path": path, "name": config or None}
     if Path(path).is_file():
         where = {"path": kind, "data_files": path}
@@ -144,13 +150,49 @@ def dataset_documents(
             where["encoding"] = "utf-8-sig"
     try:
         rows = datasets.load_dataset(**where, split=split, streaming=stream)
+        for number, row in enumerate(rows, 1):
+            yield [_text_in(row, column, f"--dataset {name}, row {number}")]
+    except _NoText:
+        raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"--dataset {name}, split {split}: {reason}") from error
-    for row in rows:
-        if not isinstance(row.get(column), str):
-            raise ValueError(f"--dataset {name} has no text column {column!r}, but {sorted(row)}")
-        yield [row[column]]
+        raise ValueError(f"--dataset {name}, split {split}: {_root_of(error)}") from error
+
+
+class _NoText(ValueError):
+    """A row that has no text: told as it is."""
+
+
+def _json_lines(path: str, column: str) -> Iterator[list[str]]:
+    for number, line in numbered_lines(path):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.rstrip("\r\n"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
+        except RecursionError as error:
+            raise ValueError(f"{where}: JSON that is nested too deeply") from error
+        yield [_text_in(row, column, where)]
+
+
+def _text_in(row: Any, column: str, where: str) -> str:
+    if not isinstance(row, Mapping):
+        raise _NoText(f"{where}: expected an object with a column {column!r}")
+    if column not in row:
+        raise _NoText(f"{where}: no text column {column!r}, but {', '.join(sorted(row))}")
+    if row[column] is None:
+        raise _NoText(f"{where}: column {column!r} is null, expected text")
+    if not isinstance(row[column], str):
+        raise _NoText(f"{where}: column {column!r} holds no text, but {type(row[column]).__name__}")
+    return row[column]
+
+
+def _root_of(error: BaseException) -> str:
+    """The first line of what went wrong first: datasets wraps it in what it was doing then."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _write(
