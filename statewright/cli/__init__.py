@@ -31,44 +31,38 @@ from statewright.cli.state import state
 from statewright.cli.study import study
 from statewright.cli.train import train
 
+VERBS = {
+    "Start": (quickstart, demo, list_, models),
+    "Build and train": (data, train, resize, convert),
+    "Write, and carry a state on": (generate, state),
+    "Examine and repair": (check, size, diagnose, repair, trace),
+    "Measure and show": (eval_, lm_eval, bench, report),
+    "Repeat the papers": (study, capacity),
+}
+
 
 @click.group(
     cls=Verbs,
+    sections={title: tuple(verb.name for verb in verbs) for title, verbs in VERBS.items()},
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     invoke_without_command=True,
+    epilog="statewright VERB --help says more. Shell completion: see docs/completion.md.",
 )
 @click.version_option(__version__, prog_name="statewright")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Build, train, check, save and measure the state of any causal sequence model."""
+    """Build, train, check, save and measure the state of any causal sequence model.
+
+    \b
+    Example: statewright quickstart
+    """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-for verb in (
-    quickstart,
-    demo,
-    data,
-    train,
-    generate,
-    check,
-    eval_,
-    lm_eval,
-    size,
-    diagnose,
-    repair,
-    state,
-    convert,
-    resize,
-    study,
-    capacity,
-    report,
-    trace,
-    bench,
-    list_,
-    models,
-):
-    cli.add_command(verb)
+for verbs in VERBS.values():
+    for verb in verbs:
+        cli.add_command(verb)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,12 +12,11 @@ from typing import Any
 import click
 
 from statewright.cli.common import PARALLEL, device_of, options_of
+from statewright.cli.show import Column, console, grid, table
 from statewright.cli.types import POSITIVE, SEED, TEXT
 from statewright.studies.capacity_settings import SYSTEMS, CapacitySettings
 
 RECALL_LENGTHS = (256,)
-# Columns of a file, which nobody has made too narrow for the table.
-_WIDE = 200
 
 _HELPS = {
     "hidden_size": "Width.",
@@ -89,6 +88,9 @@ _HELPS = {
 def capacity(ctx: click.Context, output: str, figure: str | None, **chosen: Any) -> None:
     """Measure what a state can hold: state sizes x training lengths x seeds of a Mamba-2.
 
+    \b
+    Example: statewright capacity --text book.txt --output capacity.json
+
     T_forget: the least training length beyond which a model reads on unharmed, as an interval;
     T_recall: the longest text from which it recalls a key, and T_passed, after state passing. The
     laws are fitted through five sizes or more, beside the published ones (arXiv:2410.07145), a
@@ -97,27 +99,23 @@ def capacity(ctx: click.Context, output: str, figure: str | None, **chosen: Any)
     """
     import shutil
 
-    from rich.console import Console
-
     from statewright.studies.cells import run_cells
     from statewright.studies.experiment import check_resumable, read_study
     from statewright.studies.figures import check_drawable, draw
 
-    settings, path, console = _settings(ctx, chosen), Path(output), Console()
-    if not console.is_terminal:
-        console.width = _WIDE
+    settings, path, to = _settings(ctx, chosen), Path(output), console()
     check_resumable(path, "capacity", settings)
     if figure:
         check_drawable(figure)
     work = path.with_name(f".{path.stem}.work")
-    with _live(console, path) as (listen, renew):
+    with _live(to, path) as (listen, renew):
         cells, about, runner = _study(path, settings, chosen, work, listen)
         todo = len(cells)
         for done, (key, result) in enumerate(run_cells(cells, path, about, runner), 1):
             renew(key, result, done, todo)
     if not any(work.rglob("*.safetensors")):
         shutil.rmtree(work, ignore_errors=True)
-    _show(console, read_study(path, "capacity"))
+    _show(to, read_study(path, "capacity"))
     if figure:
         draw(path, figure)
         click.echo(f"figure in {figure}")
@@ -197,14 +195,14 @@ def _live(console: Any, path: Path) -> Iterator[tuple[Callable, Callable]]:
 
         def tell(key: str, result: dict[str, Any], done: int, todo: int) -> None:
             line = f"{key}: {_outcome(result)}, {result['seconds']} s"
-            console.print(f"{line}  ({done} of {todo})", highlight=False)
+            console.print(f"{line}  ({done} of {todo})", soft_wrap=True)
 
         yield lambda point: None, tell
         return
     with Live(console=console, refresh_per_second=2, transient=True) as live:
 
         def shown(line: str) -> Group:
-            return Group(_table(read_cells(path)), Text(line))
+            return Group(grid(*_table(read_cells(path))), Text(line))
 
         def listen(point: dict[str, Any]) -> None:
             live.update(shown(f"{point['key']}  step {point['step']}  {point['train_loss']:.3f}"))
@@ -230,23 +228,18 @@ def _outcome(result: dict[str, Any]) -> str:
     return ", ".join(said)
 
 
-def _table(found: dict[str, Any]) -> Any:
-    from rich.table import Table
-
+def _table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[str, ...]]]:
     from statewright.studies.capacity_table import rows
 
-    table = Table()
-    for row in rows(found):
-        if not table.columns:
-            for name in row:
-                table.add_column(name, justify="left" if name in ("system", "size") else "right")
-        table.add_row(*row.values())
-    return table
+    made = rows(found)
+    names = made[0] if made else {}
+    columns = [Column(name, number=name not in ("system", "size")) for name in names]
+    return columns, [tuple(row.values()) for row in made]
 
 
 def _show(console: Any, found: dict[str, Any]) -> None:
     from statewright.studies.capacity_table import said
 
-    console.print(_table(found))
+    table(console, "", *_table(found))
     for line in said(found):
-        console.print(line, highlight=False, markup=False)
+        console.print(line)

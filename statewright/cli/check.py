@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import click
 
+from statewright.cli.show import Column, console, emit, json_option, table
 from statewright.cli.types import FAMILY, MODEL
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
@@ -31,11 +31,14 @@ _STYLES = {"ok": "green", "WRONG": "bold red", "raises": "yellow", "not supporte
 @click.option("--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="Where to run, e.g. cuda.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a checkpoint brings.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@json_option
 @click.option("--markdown", type=click.Path(), help="Write the table as a page to this file.")
 @click.pass_context
 def check(ctx: click.Context, model: str | None, **options: Any) -> None:
     """Check the state of MODEL: an id, a directory, or with --family no model at all.
+
+    \b
+    Example: statewright check --family mamba2
 
     Does it continue from its state? In chunks, padded, packed, forked, saved, in a batch, in
     bfloat16, with gradients? WRONG means silently wrong, by the share of the error that
@@ -56,9 +59,9 @@ def check(ctx: click.Context, model: str | None, **options: Any) -> None:
 
         Path(options["markdown"]).write_text(markdown(reports), encoding="utf-8")
     if options["as_json"]:
-        click.echo(json.dumps(_as_json(reports, required), indent=2))
+        emit(_as_json(reports, required))
     else:
-        _show(reports, required)
+        _show(console(), reports, required)
     ctx.exit(int(any(report.failed(required) for report in reports)))
 
 
@@ -143,25 +146,20 @@ def _as_json(reports: list[Any], required: list[str]) -> dict[str, Any]:
     return {"versions": versions, "machine": platform.machine(), "models": found}
 
 
-def _show(reports: list[Any], required: list[str]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+def _show(console: Any, reports: list[Any], required: list[str]) -> None:
+    from rich.text import Text
 
     from statewright.checks.report import words
 
-    console = Console()
+    columns = "check", "verdict", Column("error", number=True), Column("note", words=True)
     for report in reports:
-        table = Table(title=f"{report.name} ({report.model})", title_justify="left")
-        for column in ("check", "verdict", "error", "note"):
-            table.add_column(column, no_wrap=column != "note")
+        rows = []
         for name, cell in report.cells.items():
-            mark = f"{name} *" if name in required else name
             error = "" if cell.error is None else f"{cell.error:.1e}"
-            style = _STYLES[cell.verdict]
-            table.add_row(mark, f"[{style}]{cell.verdict}[/{style}]", error, escape(cell.note))
-        console.print(table)
-        console.print(words(report), markup=False, highlight=False)
+            verdict = Text(cell.verdict, style=_STYLES[cell.verdict])
+            rows.append((f"{name} *" if name in required else name, verdict, error, cell.note))
+        table(console, f"{report.name} ({report.model})", columns, rows)
+        console.print(words(report))
         failed = report.failed(required)
         if failed:
             console.print(f"not met: {', '.join(failed)} (required: {', '.join(required)})")

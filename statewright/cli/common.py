@@ -19,7 +19,19 @@ PARALLEL = "Processes that share the cells; ray, or ray://host:port of a cluster
 
 
 class Verbs(click.Group):
-    """A group whose verbs' mistakes are told in the words of the command line: --learning-rate."""
+    """A group that lists its verbs under headings, each with its whole first sentence.
+
+    Their mistakes are told in the words of the command line: --learning-rate.
+    """
+
+    def __init__(self, *args: Any, sections: dict[str, tuple[str, ...]] | None = None, **options):
+        super().__init__(*args, **options)
+        self.sections = sections
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in (self.sections or {"Commands": tuple(self.commands)}).items():
+            with formatter.section(title):
+                formatter.write_dl([(n, first_sentence(self.commands[n])) for n in names])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -27,6 +39,12 @@ class Verbs(click.Group):
         except ValueError as error:
             verb = self.commands.get(ctx.invoked_subcommand or "")
             raise ValueError(in_options(str(error), verb.params if verb else [])) from error
+
+
+def first_sentence(command: click.Command) -> str:
+    """What a command does: its help up to the first full stop before a space."""
+    paragraph = " ".join((command.help or "").split("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s", paragraph)[0]
 
 
 def in_options(text: str, params: Sequence[click.Parameter]) -> str:
@@ -70,6 +88,11 @@ def quiet_libraries() -> None:
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+
+
+def mixers_of(config: Any) -> str:
+    """The mixer of a config, or those that its layers go through in turn."""
+    return config.mixer if isinstance(config.mixer, str) else ", ".join(config.mixer)
 
 
 def human_bytes(count: float) -> str:

@@ -6,15 +6,21 @@ from pathlib import Path
 
 import click
 
+from statewright.cli.common import mixers_of
+from statewright.cli.show import json_option, show
 from statewright.cli.types import MODEL
 
 
 @click.command()
 @click.argument("model", type=MODEL)
 @click.option("--to", "target", required=True, type=click.Choice(["statewright", "hf", "fla"]))
-@click.option("--output-dir", required=True, type=click.Path())
-def convert(model: str, target: str, output_dir: str) -> None:
+@click.option("--output-dir", required=True, type=click.Path(), help="Must be empty or absent.")
+@json_option
+def convert(model: str, target: str, output_dir: str, as_json: bool) -> None:
     """Convert MODEL (ours, transformers' mamba or mamba2, state-spaces', fla's gla).
+
+    \b
+    Example: statewright convert run --to hf --output-dir theirs
 
     Tokenizer files are copied. What a format cannot express is refused, with the reason.
     """
@@ -35,4 +41,6 @@ def convert(model: str, target: str, output_dir: str) -> None:
             AutoTokenizer.from_pretrained(source).save_pretrained(directory)
     else:
         save_as(net, target, directory, source)
-    click.echo(f"{source} ({net.config.mixer}) -> {directory} ({target})")
+    found = {"model": model, "mixer": net.config.mixer, "output_dir": output_dir, "to": target}
+    said = f"{source} ({mixers_of(net.config)}) -> {directory} ({target})"
+    show(found, as_json, lambda to, _: to.print(said, soft_wrap=True))

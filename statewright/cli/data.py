@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import click
 
+from statewright.cli.show import json_option, show
 from statewright.cli.types import COUNT, TEXT, TOKENIZER
 
 
@@ -28,6 +29,7 @@ from statewright.cli.types import COUNT, TEXT, TOKENIZER
     help="bytes, or any Hugging Face tokenizer (path or id).",
 )
 @click.option("--output-dir", required=True, type=click.Path(), help="Must not be there yet.")
+@json_option
 def data(
     text: tuple[str, ...],
     dataset: str | None,
@@ -36,9 +38,13 @@ def data(
     min_length: int,
     tokenizer: str,
     output_dir: str,
+    as_json: bool,
     **source: str | bool,
 ) -> None:
     """Tokenize TEXT files or a dataset once; `train --data` maps the result, of any size.
+
+    \b
+    Example: statewright data book.txt --output-dir tokens
 
     Every file or row is a document and ends with the end-of-text token. A literal
     <|endoftext|> in a text is text, unless --boundary names it.
@@ -65,4 +71,5 @@ def data(
 
     chosen = islice(documents(), num_documents)
     kept = write_tokens(chosen, load_tokenizer(tokenizer), output_dir, min_length)
-    click.echo(f"{kept}\ndata: {output_dir}")
+    found = {**vars(kept), "output_dir": output_dir}
+    show(found, as_json, lambda to, _: to.print(f"{kept}\ndata: {output_dir}", soft_wrap=True))

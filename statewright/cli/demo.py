@@ -12,6 +12,9 @@ import click
 def demo(directory: str) -> None:
     """Write three small models and a text into DIR, to try the other verbs on.
 
+    \b
+    Example: statewright demo demo
+
     The models are also known by name wherever a verb takes a model: demo:collapsed,
     demo:transformer and demo:recall.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 import click
 
+from statewright.cli.show import Column, console, emit, json_option, table
 from statewright.cli.types import COUNT, MODEL, POLICY, POSITIVE, TEXT, Names
 
 _STYLES = {"healthy": "green", "collapse": "bold red", "amnesia": "bold red", "data": "yellow"}
@@ -35,15 +35,16 @@ _STYLES = {"healthy": "green", "collapse": "bold red", "amnesia": "bold red", "d
     "--policy", type=POLICY, help="Read again under this policy, e.g. forgetmore:decay=0.99."
 )
 @click.option("--report", type=click.Path(), help="Write one self-contained page to this file.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@json_option
 def diagnose(model: str, text: str, policy: str | None, report: str | None, **options: Any) -> None:
     """Say whether MODEL forgets too little, too much, or reads on for ever.
+
+    \b
+    Example: statewright diagnose run --text book.txt
 
     Losses by position, and the state of every recurrent layer and head on the way: healthy,
     collapse (does not forget), amnesia (forgets too fast), or a shift of data or positions.
     """
-    from rich.console import Console
-
     from statewright.cli.common import quiet_libraries
     from statewright.diagnosis.prompts import rows_of_text
     from statewright.diagnosis.train_length import train_length_of
@@ -58,7 +59,7 @@ def diagnose(model: str, text: str, policy: str | None, report: str | None, **op
     tokenizer = saved_tokenizer(model)
     ids = rows_of_text(Path(text), tokenizer, options["length"], options["rows"])
     runs = [None] if policy is None else [None, policy]
-    with _bar(Console(stderr=True), ids.shape[1] * len(prompts) * len(runs)) as progress:
+    with _bar(console(stderr=True), ids.shape[1] * len(prompts) * len(runs)) as progress:
         found = [
             _diagnose(net, ids, train_length, tokenizer, prompts, run, model, progress)
             for run in runs
@@ -69,10 +70,10 @@ def diagnose(model: str, text: str, policy: str | None, report: str | None, **op
 
         Path(report).write_text(page(record), encoding="utf-8")
     if options["as_json"]:
-        click.echo(json.dumps(record, indent=1))
+        emit(record)
         return
     for diagnosis in found:
-        show(Console(), diagnosis)
+        draw(console(), diagnosis)
     _advise(model, text, found[-1], report)
 
 
@@ -133,53 +134,46 @@ def _bar(console: Any, total: int) -> Iterator[Any]:
         yield progress
 
 
-def show(console: Any, diagnosis: Any) -> None:
+def draw(console: Any, diagnosis: Any) -> None:
     """The verdict in words, the loss by position and the table of the prompts."""
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
     reading, verdict = diagnosis.text.reading, diagnosis.verdict
     under = "" if reading.policy == "none" else f", under {reading.policy}"
-    style = _STYLES[verdict.name.split()[0]]
-    console.print(
-        f"[{style}]{verdict.name}[/{style}]  {escape(diagnosis.model)}{escape(under)}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(diagnosis.text.words, markup=False, highlight=False)
-    table = Table(title="loss by position, nats per token", title_justify="left")
-    for column in ("tokens", "read on", "from an empty state"):
-        table.add_column(column, justify="right")
-    for bucket in reading.inside:
-        table.add_row(f"{bucket.end:,}", "", f"{bucket.nats:.2f}")
+    said = Text(verdict.name, style=_STYLES[verdict.name.split()[0]])
+    console.print(said.append(f"  {diagnosis.model}{under}", style="default"), soft_wrap=True)
+    console.print(diagnosis.text.words)
     fresh = {c.begin: f"{c.fresh:.2f}" for c in reading.comparisons}
-    for bucket in reading.buckets[1:]:
-        table.add_row(f"{bucket.end:,}", f"{bucket.nats:.2f}", fresh.get(bucket.begin, ""))
-    console.print(table)
-    console.print(_prompts(diagnosis))
+    rows = [(f"{bucket.end:,}", "", f"{bucket.nats:.2f}") for bucket in reading.inside]
+    rows += [
+        (f"{bucket.end:,}", f"{bucket.nats:.2f}", fresh.get(bucket.begin, ""))
+        for bucket in reading.buckets[1:]
+    ]
+    columns = [Column(n, number=True) for n in ("tokens", "read on", "from an empty state")]
+    table(console, "loss by position, nats per token", columns, rows)
+    _prompts(console, diagnosis)
 
 
-def _prompts(diagnosis: Any) -> Any:
-    from rich.table import Table
-
+def _prompts(console: Any, diagnosis: Any) -> None:
     from statewright.diagnosis.verdict import unforgetting
 
-    table = Table(title="prompts", title_justify="left")
-    for column in ("prompt", "in window", "worst", "safe up to", "heads that do not forget"):
-        table.add_column(column, justify="left" if column == "prompt" else "right")
-    table.add_column("verdict")
+    names = ("in window", "worst", "safe up to", "heads that do not forget")
+    columns = ["prompt", *(Column(name, number=True) for name in names), "verdict"]
+    rows = []
     for examined in (diagnosis.text, *diagnosis.others):
         reading, verdict = examined.reading, examined.verdict
         heads = sum(len(layer.growth) for layer in reading.layers)
-        table.add_row(
-            examined.prompt,
-            f"{reading.in_window:.2f}",
-            f"{verdict.worst:.2f}x",
-            f"{verdict.safe_length:,}" if verdict.cause else "all",
-            f"{len(unforgetting(reading))} of {heads}",
-            verdict.name,
+        rows.append(
+            (
+                examined.prompt,
+                f"{reading.in_window:.2f}",
+                f"{verdict.worst:.2f}x",
+                f"{verdict.safe_length:,}" if verdict.cause else "all",
+                f"{len(unforgetting(reading))} of {heads}",
+                verdict.name,
+            )
         )
-    return table
+    table(console, "prompts", columns, rows)
 
 
 def _advise(model: str, text: str, diagnosis: Any, report: str | None) -> None:

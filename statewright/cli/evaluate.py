@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from statewright.cli.common import human_bytes
+from statewright.cli.show import Column, console, counted, emit, json_option, table
 from statewright.cli.types import BOUND, MODEL, POSITIVE, SEED, SIZES, TASK
 from statewright.names import short_names
 
@@ -66,7 +67,7 @@ _MOST_COLUMNS = 5
     help="Results file (JSON). What it holds already is not run again, so a run that was killed "
     "goes on where it was.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@json_option
 def eval_(
     models: tuple[str, ...],
     tasks: tuple[str, ...],
@@ -81,6 +82,9 @@ def eval_(
     as_json: bool,
 ) -> None:
     """Run tasks on models, ours or any transformers causal LM, without and with policies.
+
+    \b
+    Example: statewright eval run --task passkey --policy tova:budget=64
 
     MODEL is a directory, an id or smollm2-135m. Each policy is compared with none, sample by
     sample: the mean difference and its 95 % interval. --output keeps curves, seeds, versions,
@@ -109,7 +113,7 @@ def eval_(
         _warn(result)
         results.append(result)
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        emit(results)
     elif sizes:
         _byte_tables(results)
     else:
@@ -137,25 +141,18 @@ def _warn(result: dict[str, Any]) -> None:
 
 def _byte_tables(results: list[dict[str, Any]]) -> None:
     """One per task: candidates by size; a point out of reach is a number, explained below."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from statewright.cli.common import human_bytes
     from statewright.evaluation.equal_bytes import candidate_of
 
-    console = Console()
+    to = console()
     missing = [r for r in results if "unreachable" in r]
     found = [r for r in results if "unreachable" not in r]
     names = short_names([r["model"] for r in results])
     notes = list(dict.fromkeys(r["unreachable"] for r in missing))
     sizes = sorted({r["target"] for r in results if r["target"] is not None})
+    columns = [Column(name, number=True) for name in ("as it is", *map(human_bytes, sizes))]
     for task in dict.fromkeys(r["task"] for r in found):
         own = [r for r in found if r["task"] == task]
         score = next(iter(own[0]["metrics"]))
-        table = Table(title=f"{task}: {score} (measured bytes)", title_justify="left", box=None)
-        table.add_column("candidate", overflow="fold")
-        for name in ("as it is", *map(human_bytes, sizes)):
-            table.add_column(name, justify="right")
         places: dict[str, dict[int | None, list[str]]] = {}
         for r in own:
             row = places.setdefault(candidate_of(names[r["model"]], r["policy"]), {})
@@ -166,60 +163,48 @@ def _byte_tables(results: list[dict[str, Any]]) -> None:
         for r in missing:
             row = places.setdefault(candidate_of(names[r["model"]], r["policy"]), {})
             row[r["target"]] = [f"- [{notes.index(r['unreachable']) + 1}]"]
-        for name, row in places.items():
-            cells = ["\n".join(row.get(size, [])) for size in (None, *sizes)]
-            table.add_row(*(cell.replace("[", "\\[") for cell in [name, *cells]))
-        console.print(table)
+        rows = [
+            (name, *("\n".join(row.get(size, [])) for size in (None, *sizes)))
+            for name, row in places.items()
+        ]
+        table(to, f"{task}: {score} (measured bytes)", ["candidate", *columns], rows)
     for i, note in enumerate(notes, 1):
-        click.echo(f"[{i}] not reachable: {note}")
+        to.print(f"[{i}] not reachable: {note}")
 
 
 def _table(results: list[dict[str, Any]], named: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from statewright.cli.common import human_bytes
-
     first = results[0]
-    title = f"{first['task']}, {first['n']} samples, seed {first['seed']}"
+    title = f"{first['task']}, {counted(first['n'], 'sample')}, seed {first['seed']}"
     title = f"{first['model']}: {title}" if named else title
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     if len(first["metrics"]) > _MOST_COLUMNS:
-        _by_metric(table, results)
-        Console().print(table)
+        _by_metric(title, results)
         return
-    table.add_column("policy", overflow="fold")
     compared = next(iter(first["metrics"]))
     alone = len(results) == 1
-    for name in first["metrics"]:
-        table.add_column(name.replace("_per_", "/"), justify="right")
-    last = "95 % interval" if alone else f"{compared}: more than none"
-    table.add_column(last, justify="right", min_width=None if alone else 16)
-    table.add_column("state", justify="right", min_width=9)
+    names = [name.replace("_per_", "/") for name in first["metrics"]]
+    names += ["95 % interval" if alone else f"{compared}: more than none", "state"]
+    rows = []
     for result in results:
         values = [_number(value) for value in result["metrics"].values()]
         more = _interval(first.get("interval")) if alone else ""
         if result is not first:
             more = _difference(result["against_none"])
-        size = human_bytes(result["cost"]["state_bytes"])
-        table.add_row(result["policy"], *values, more, size)
-    Console().print(table)
+        rows.append((result["policy"], *values, more, human_bytes(result["cost"]["state_bytes"])))
+    table(console(), title, ["policy", *(Column(name, number=True) for name in names)], rows)
 
 
-def _by_metric(table: Any, results: list[dict[str, Any]]) -> None:
+def _by_metric(title: str, results: list[dict[str, Any]]) -> None:
     """A line per metric, a column per policy: for tasks with many."""
-    from statewright.cli.common import human_bytes
-
-    table.add_column("metric")
-    for result in results:
-        table.add_column(result["policy"], justify="right", overflow="fold")
+    rows = []
     for i, name in enumerate(results[0]["metrics"]):
         values = [_number(r["metrics"].get(name)) for r in results]
         if i == 0:
             spans = [_interval(r.get("interval")) for r in results]
             values = [f"{v}\n{span}".rstrip() for v, span in zip(values, spans)]
-        table.add_row(name.replace("_per_", "/"), *values)
-    table.add_row("state", *(human_bytes(r["cost"]["state_bytes"]) for r in results))
+        rows.append((name.replace("_per_", "/"), *values))
+    rows.append(("state", *(human_bytes(r["cost"]["state_bytes"]) for r in results)))
+    columns = ["metric", *(Column(result["policy"], number=True) for result in results)]
+    table(console(), title, columns, rows)
 
 
 def _number(value: float | None) -> str:

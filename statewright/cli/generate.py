@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from statewright.cli.show import console
 from statewright.cli.types import COUNT, MODEL, POLICY, POSITIVE, SEED, TEXT, Number
 
 
@@ -53,28 +54,29 @@ def _text(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 def generate(model: str, prompt: str | None, prompt_file: str | None, **options: Any) -> None:
     """Continue a prompt with MODEL: a directory, an id, or a name such as smollm2-135m.
 
+    \b
+    Example: statewright generate run --prompt 'The '
+
     The prompt is streamed through the state, so with a recurrent model or under a policy a whole
     library costs no more memory than a line. What is written goes to stdout, all else to stderr.
     """
-    from rich.console import Console
-
     from statewright.cli.common import quiet_libraries
 
     quiet_libraries()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    to = console(stderr=True, soft_wrap=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the config bounds this model by default")
-        warnings.showwarning = lambda message, *where: console.print(f"note: {message}")
+        warnings.showwarning = lambda message, *where: to.print(f"note: {message}")
         net, tokenizer = _load(model)
-        session = _session(net, options, console)
-        _read_all(session, tokenizer, prompt, prompt_file, console)
+        session = _session(net, options, to)
+        _read_all(session, tokenizer, prompt, prompt_file, to)
         if options["max_new_tokens"]:
             if session.logits is None:
                 session.feed([_begin_id(tokenizer)])
             _write(session, tokenizer, prompt if prompt_file is None else None, options)
     if options["save_state"]:
         session.save(options["save_state"])
-    console.print(
+    to.print(
         f"{session.seen:,} tokens seen, state {session.nbytes:,} bytes"
         + (f", saved to {options['save_state']}" if options["save_state"] else "")
     )

@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
+
+from statewright.cli.show import Column, json_option, show, table
+
+_TOKENIZERS = ("bytes", "characters")
 
 
 @click.command("list")
-def list_() -> None:
-    """List mixers, policies, tasks and scan backends, with the options a spec may set."""
-    from rich.console import Console
-    from rich.table import Table
+@json_option
+def list_(as_json: bool) -> None:
+    """List mixers, policies, tasks and scan backends, with the options a spec may set.
 
+    \b
+    Example: statewright list
+    """
+    from statewright.catalog import MIXERS, POLICIES, TASKS
     from statewright.hf.pretrained import PRETRAINED
-    from statewright.mixers import MIXERS
     from statewright.ops import VECTOR_BACKENDS
-    from statewright.policies import POLICIES
-    from statewright.spec import options_of
-    from statewright.tasks import TASKS
 
-    console = Console()
-    for title, registry in (("mixers", MIXERS), ("policies", POLICIES), ("tasks", TASKS)):
-        table = Table(title=f"{title}  (name:option=value:option=value)", title_justify="left")
-        table.add_column("name", style="bold")
-        table.add_column("options and defaults")
-        table.add_column("what it is")
-        for name, entry in registry.items():
-            options = ", ".join(f"{n}={p.default}" for n, p in options_of(entry).items())
-            table.add_row(name, options, (entry.__doc__ or "").splitlines()[0])
-        console.print(table)
-    console.print(f"[bold]scan backends[/bold]  {', '.join(VECTOR_BACKENDS)}")
-    console.print("[bold]tokenizers[/bold]     bytes, characters, any Hugging Face path or id")
-    carried = ", ".join(PRETRAINED)
-    console.print(f"[bold]models[/bold]         any directory or Hugging Face id, {carried}")
+    registries = {"mixers": MIXERS, "policies": POLICIES, "tasks": TASKS}
+    found: dict[str, Any] = {
+        title: {
+            name: {
+                "options": {n: p.default for n, p in registry.options(name).items()},
+                "about": registry.summary(name),
+            }
+            for name in registry
+        }
+        for title, registry in registries.items()
+    }
+    found["scan backends"] = list(VECTOR_BACKENDS)
+    found["tokenizers"] = list(_TOKENIZERS)
+    found["models"] = list(PRETRAINED)
+    show(found, as_json, _draw)
+
+
+def _word(value: Any) -> str:
+    """As a spec writes it: true, none."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _draw(console: Any, found: dict[str, Any]) -> None:
+    columns = Column("name"), Column("options and defaults", words=True)
+    for title in ("mixers", "policies", "tasks"):
+        rows = [
+            (
+                name,
+                ", ".join(f"{n}={_word(d)}" for n, d in entry["options"].items()),
+                entry["about"],
+            )
+            for name, entry in found[title].items()
+        ]
+        heading = f"{title}  (name:option=value:option=value)"
+        table(console, heading, [*columns, Column("what it is", words=True)], rows)
+        console.print()
+    also = {"tokenizers": "any Hugging Face path or id", "models": "any directory or id"}
+    for title in ("scan backends", "tokenizers", "models"):
+        names = [*found[title], *([also[title]] if title in also else [])]
+        console.print(f"{title:<14} {', '.join(names)}")

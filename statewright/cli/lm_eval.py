@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from statewright.cli.show import Column, json_option, show, table
 from statewright.cli.types import BOUND, COUNT, MODEL, POSITIVE
 
 
@@ -33,8 +34,13 @@ from statewright.cli.types import BOUND, COUNT, MODEL, POSITIVE
     help="key=value for our tasks: length, data, text, num_samples, seed; repeatable.",
 )
 @click.option("--output", type=click.Path(dir_okay=False), help="Results file (JSON).")
-def lm_eval(model: str, tasks: str, output: str | None, **options: Any) -> None:
-    """Run lm-eval (extra `lm-eval`) with the policy applied in every call of the model."""
+@json_option
+def lm_eval(model: str, tasks: str, output: str | None, as_json: bool, **options: Any) -> None:
+    """Run lm-eval (extra `lm-eval`) with the policy applied in every call of the model.
+
+    \b
+    Example: statewright lm-eval --model run --tasks lambada_openai
+    """
     from statewright.cli.common import quiet_libraries
     from statewright.evaluation import environment
     from statewright.evaluation.context import build_bound
@@ -52,7 +58,7 @@ def lm_eval(model: str, tasks: str, output: str | None, **options: Any) -> None:
     if output is not None:
         about = {"model": model, "policy": harness.policy, **environment(net.device)}
         _write(output, {"about": about, **found})
-    _table(harness.policy, found["results"])
+    show(found["results"], as_json, lambda to, results: _draw(to, harness.policy, results))
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -73,18 +79,14 @@ def _write(path: str, found: dict[str, Any]) -> None:
     write_json(path, json.loads(json.dumps(found, default=str)))
 
 
-def _table(policy: str, results: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"lm-eval, policy {policy}", title_justify="left")
-    for name in ("task", "metric", "value", "standard error"):
-        table.add_column(name, justify="right" if name in ("value", "standard error") else "left")
+def _draw(console: Any, policy: str, results: dict[str, dict[str, Any]]) -> None:
+    rows = []
     for task, values in results.items():
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             if isinstance(value, int | float) and kind and not metric.endswith("_stderr"):
                 error = values.get(f"{metric}_stderr,{kind}")
                 shown = f"{error:.4f}" if isinstance(error, float) else ""
-                table.add_row(task, metric, f"{value:.4f}", shown)
-    Console().print(table)
+                rows.append((task, metric, f"{value:.4f}", shown))
+    numbers = Column("value", number=True), Column("standard error", number=True)
+    table(console, f"lm-eval, policy {policy}", ["task", "metric", *numbers], rows)

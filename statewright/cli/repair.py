@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import click
 
+from statewright.cli.show import Column, console, json_option, show, table
 from statewright.cli.types import COUNT, MODEL, POSITIVE, TEXT, Names, Number
 
 
@@ -37,9 +37,12 @@ from statewright.cli.types import COUNT, MODEL, POSITIVE, TEXT, Names, Number
 )
 @click.option("--save-unchanged", is_flag=True, help="Copy a model that nothing improves, too.")
 @click.option("--report", type=click.Path(), help="Write one page, before and after.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@json_option
 def repair(model: str, text: str, output_dir: str, **options: Any) -> None:
     """Search policies under which MODEL reads beyond its training length; save the best with it.
+
+    \b
+    Example: statewright repair run --text book.txt --output-dir fixed
 
     A policy counts if its loss beyond the training length is lower by more than 2 %, beyond doubt
     (95 %, paired), on text that was not searched on too, and within 2 % inside it.
@@ -74,24 +77,19 @@ def repair(model: str, text: str, output_dir: str, **options: Any) -> None:
     saved = directory if found.succeeded or options["save_unchanged"] else None
     if options["report"] is not None:
         _page(model, saved, report, train_length, tokenizer, options["report"], text)
-    if options["as_json"]:
-        record = {**found.as_dict(), "saved": None if saved is None else str(saved)}
-        click.echo(json.dumps(record, indent=1))
-        return
-    _show(found, saved)
+    record = {**found.as_dict(), "saved": saved}
+    show(record, options["as_json"], lambda to, _: _draw(to, found, saved))
 
 
 def _search(net: Any, search: Any, report: Any, train_length: int, only: str | None) -> Any:
-    from rich.console import Console
-
     from statewright.diagnosis.repair import KINDS, repair
 
     kinds = KINDS if only is None else tuple(k.strip() for k in only.split(",") if k.strip())
-    console = Console(stderr=True)
+    to = console(stderr=True)
 
     def listen(trial: Any) -> None:
         line = f"{trial.policy:<44} inside {trial.inside:.3f}  beyond {trial.beyond:.3f}"
-        console.print(line, highlight=False, markup=False)
+        to.print(line, soft_wrap=True)
 
     return repair(net, search, report, train_length, kinds, listen)
 
@@ -106,8 +104,6 @@ def _train(
     options: dict[str, Any],
 ) -> Any:
     """State passing on the text (its second half is left out if it is reported on)."""
-    from rich.console import Console
-
     from statewright.cli.progress import TrainingBar
     from statewright.diagnosis.passing import passing_config, repair_by_training
     from statewright.text_file import read_text
@@ -122,7 +118,7 @@ def _train(
     beside = directory.with_name(f".{directory.name}.training")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        with TrainingBar(Console(stderr=True), config.num_steps, 0) as bar:
+        with TrainingBar(console(stderr=True), config.num_steps, 0) as bar:
             found = repair_by_training(
                 net, tokenizer, corpus, report, train_length, config, beside, bar
             )

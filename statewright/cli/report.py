@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from statewright.cli.show import counted, json_option, show
 from statewright.cli.types import COUNT, MODEL, POLICY, TEXT, Count
 
 
@@ -16,8 +17,12 @@ from statewright.cli.types import COUNT, MODEL, POLICY, TEXT, Count
 @click.argument("results", nargs=-1, required=True, type=TEXT)
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="The page (HTML).")
 @click.option("--title", help="Its title [default: what the files hold].")
-def report(results: tuple[str, ...], out: str, title: str | None) -> None:
+@json_option
+def report(results: tuple[str, ...], out: str, title: str | None, as_json: bool) -> None:
     """Draw RESULTS, any result files of ours, as one self-contained page.
+
+    \b
+    Example: statewright report results.json --out page.html
 
     Of eval, study, capacity, diagnose --json, size --json, trace, and the examples. Tables, curves,
     heat maps, which tokens survive; no network, readable on a phone, in print and without a mouse.
@@ -27,7 +32,9 @@ def report(results: tuple[str, ...], out: str, title: str | None) -> None:
 
     text = page([(Path(name).name, read(name)) for name in results], title)
     _write(out, text)
-    click.echo(f"{out}: {len(text.encode()):,} bytes")
+    found = {"page": out, "bytes": len(text.encode()), "results": list(results)}
+    said = f"{out}: {found['bytes']:,} bytes, of {counted(len(results), 'file')}"
+    show(found, as_json, lambda to, _: to.print(said, soft_wrap=True))
 
 
 @click.command()
@@ -39,10 +46,20 @@ def report(results: tuple[str, ...], out: str, title: str | None) -> None:
 @click.option("--length", type=Count(2), default=512, show_default=True, help="Tokens to read.")
 @click.option("--every", type=COUNT, default=0, help="Tokens between looks [default: 64 looks].")
 @click.option("--output", required=True, type=click.Path(dir_okay=False), help="Results (JSON).")
+@json_option
 def trace(
-    model: str, text: str, policies: tuple[str, ...], length: int, every: int, output: str
+    model: str,
+    text: str,
+    policies: tuple[str, ...],
+    length: int,
+    every: int,
+    output: str,
+    as_json: bool,
 ) -> None:
     """Record what MODEL holds while it reads: tokens kept by each list, norms, bytes by kind.
+
+    \b
+    Example: statewright trace run --text book.txt --output trace.json
 
     Without a policy, and under each one given. `statewright report` draws the file.
     """
@@ -65,8 +82,10 @@ def trace(
     about: dict[str, Any] = {"model": Path(model).name, "text": Path(text).name}
     about |= {"command": " ".join(["statewright", *sys.argv[1:]]), **environment(net.device)}
     _write(output, json.dumps({**about, **found}, separators=(",", ":")) + "\n")
-    click.echo(f"{output}: {len(tokens)} tokens, {len(found['runs'])} runs")
-    click.echo(f"next: statewright report {output} --out report.html")
+    summary = {"output": output, "tokens": len(tokens), "policies": ["none", *policies]}
+    said = f"{counted(len(tokens), 'token')}, {counted(len(found['runs']), 'run')}"
+    said = f"{output}: {said}\nnext: statewright report {output} --out report.html"
+    show(summary, as_json, lambda to, _: to.print(said, soft_wrap=True))
 
 
 def _write(path: str, text: str) -> None:

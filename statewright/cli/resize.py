@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from statewright.cli.common import human_bytes
+from statewright.cli.show import json_option, show
 from statewright.cli.types import MODEL, POSITIVE, SEED, TEXT, Count
 
 
@@ -30,9 +30,12 @@ from statewright.cli.types import MODEL, POSITIVE, SEED, TEXT, Count
 )
 @click.option("--output-dir", type=click.Path(), help="Where the new model is written.")
 @click.option("--dry-run", is_flag=True, help="Only say what would change; config.json suffices.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@json_option
 def resize(model: str, key: str, layers: str, init: str, output_dir: str | None, **options: Any):
     """Give chosen layers of MODEL a state --key times as large (or small); train it on afterwards.
+
+    \b
+    Example: statewright resize run --key 4x --output-dir larger
 
     zero keeps the function exactly and learns; fresh is StateX's re-initialisation; as-released,
     inherit, copy and zero-zero reproduce others. MODEL is never changed: the new one appears
@@ -54,10 +57,7 @@ def resize(model: str, key: str, layers: str, init: str, output_dir: str | None,
         else:
             resize_checkpoint(source, directory, plan, options["seed"])
         found["output_dir"] = str(directory)
-    if options["as_json"]:
-        click.echo(json.dumps(found, indent=2))
-        return
-    _show(found)
+    show(found, options["as_json"], _draw)
 
 
 def _report(plan: Any) -> dict[str, Any]:
@@ -106,10 +106,7 @@ def _shrink(source: Path, directory: Path, plan: Any, options: dict[str, Any]) -
         return {"nats": [float(m(ids, labels=ids).loss) for m in (net, new)]}
 
 
-def _show(found: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
+def _draw(console: Any, found: dict[str, Any]) -> None:
     layers, (small, large) = found["layers"], found["state_bytes"]
     mixers = list(found["mixers"].values())
     console.print(f"layers {', '.join(map(str, layers))} -> {mixers[0]}, init {found['init']}")
@@ -124,4 +121,4 @@ def _show(found: dict[str, Any]) -> None:
         old, new = found["nats"]
         console.print(f"loss       {old:.4f} -> {new:.4f} nats ({new - old:+.4f}) on the text")
     if "output_dir" in found:
-        console.print(f"model      {found['output_dir']}")
+        console.print(f"model      {found['output_dir']}", soft_wrap=True)

@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from statewright.cli.common import Verbs, options_of
+from statewright.cli.show import console, line_of
+from statewright.cli.show import table as show_table
 from statewright.cli.types import COUNT, MODEL, SEED, TEXT
 from statewright.studies.rl.scores import name_of, task_of
 from statewright.studies.rl.settings import CollectSettings, DecisionSettings, EvaluateSettings
@@ -18,7 +20,10 @@ _RESULTS = click.argument("results", type=TEXT)
 
 @click.group(cls=Verbs)
 def rl() -> None:
-    """Policies that act from a state of constant size: collect or bring data, train, evaluate.
+    """Collect or bring data, train policies that act from a constant state, and evaluate them.
+
+    \b
+    Example: statewright study rl train --data hopper.hdf5 --output rl.json
 
     Needs the extra [rl]. Results go to one JSON file, models beside it; what is there is not done
     again, so the same command goes on where it was interrupted.
@@ -37,8 +42,7 @@ def _said(config: type) -> dict[str, Any]:
 
 
 def _tell(event: dict[str, Any]) -> None:
-    shown = (f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in event.items())
-    click.echo("  ".join(shown))
+    click.echo(line_of(event))
 
 
 @rl.command()
@@ -58,7 +62,11 @@ def _tell(event: dict[str, Any]) -> None:
     },
 )
 def collect(task: str, root: str, **chosen: Any) -> None:
-    """Train an agent in TASK (halfcheetah, hopper, walker2d) and store what it does."""
+    """Train an agent in TASK (halfcheetah, hopper, walker2d) and store what it does.
+
+    \b
+    Example: statewright study rl collect hopper --root data
+    """
     from statewright.studies.rl.collect import Collection
 
     task_of(task)
@@ -93,7 +101,11 @@ def collect(task: str, root: str, **chosen: Any) -> None:
     },
 )
 def train(**chosen: Any) -> None:
-    """Train decision models, and behaviour cloning beside them, on one dataset."""
+    """Train decision models, and behaviour cloning beside them, on one dataset.
+
+    \b
+    Example: statewright study rl train --data hopper.hdf5 --output rl.json
+    """
     from statewright.studies.rl import study
     from statewright.studies.rl.datasets import read
     from statewright.studies.rl.systems import DEFAULT
@@ -123,7 +135,11 @@ def train(**chosen: Any) -> None:
     },
 )
 def evaluate(results: str, system: tuple[str, ...], device: str, **chosen: Any) -> None:
-    """Play every trained model of RESULTS, and random actions, in the real task."""
+    """Play every trained model of RESULTS, and random actions, in the real task.
+
+    \b
+    Example: statewright study rl evaluate rl.json
+    """
     from statewright.studies.experiment import read_study
     from statewright.studies.rl import study
 
@@ -138,7 +154,11 @@ def evaluate(results: str, system: tuple[str, ...], device: str, **chosen: Any) 
 @rl.command()
 @click.argument("results", nargs=-1, required=True, type=TEXT)
 def table(results: tuple[str, ...]) -> None:
-    """Scores of one or more RESULTS beside the paper's."""
+    """Show the scores of one or more RESULTS beside the paper's.
+
+    \b
+    Example: statewright study rl table rl.json
+    """
     _show(results)
 
 
@@ -149,7 +169,11 @@ def table(results: tuple[str, ...]) -> None:
 @click.option("--target-return", type=float, default=0.0, help="0: the best of its data.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the environment.")
 def render(model: str, film: str, frames: int, target_return: float, seed: int) -> None:
-    """Let a stored MODEL act and write the FILM, a .gif or .mp4."""
+    """Let a stored MODEL act and write the FILM, a .gif or .mp4.
+
+    \b
+    Example: statewright study rl render rl.models/mingru hopper.gif
+    """
     from statewright.studies.rl.environments import check_film, write_film
     from statewright.studies.rl.study import film as play
 
@@ -196,19 +220,12 @@ def _run(cells: list[Any], output: Path, settings: Any, place: Any) -> None:
 
 
 def _show(results: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from statewright.studies.experiment import read_study
     from statewright.studies.rl.study import NAME, NOTE, table
 
     rows = table([read_study(path, NAME) for path in results])
     if not rows:
         raise ValueError("nothing was evaluated yet")
-    shown = Table(box=None, padding=(0, 2, 0, 0))
-    for column in rows[0]:
-        shown.add_column(column, no_wrap=True)
-    for row in rows:
-        shown.add_row(*(str(value) for value in row.values()))
-    Console().print(shown)
+    cells = [[str(value) for value in row.values()] for row in rows]
+    show_table(console(), "", list(rows[0]), cells)
     click.echo(NOTE)

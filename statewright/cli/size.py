@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from statewright.cli.common import human_bytes
+from statewright.cli.show import Column, counted, json_option, show, table
 from statewright.cli.types import BYTES, FAMILY, MODEL, POLICY, POSITIVE, TEXT
 
 
@@ -31,9 +31,12 @@ from statewright.cli.types import BYTES, FAMILY, MODEL, POLICY, POSITIVE, TEXT
 @click.option("--plan", is_flag=True, help="Length to train on, and to recall from, by its size.")
 @click.option("--plan-from", type=TEXT, help="With --plan: a file of `capacity`.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a checkpoint brings.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@json_option
 def size(model: str | None, family: str | None, as_json: bool, **options: Any) -> None:
     """Show the state of MODEL after --context tokens, measured from its tensors.
+
+    \b
+    Example: statewright size run --context 64k
 
     MODEL is ours or any causal LM of transformers; of the latter its config.json is enough.
     Beside it stands the key/value cache of a Transformer of the same depth, width and dtype
@@ -51,7 +54,7 @@ def size(model: str | None, family: str | None, as_json: bool, **options: Any) -
         return
     if options["policy"]:
         report = _bounded(model, family, options)
-        click.echo(json.dumps(report, indent=2)) if as_json else _bounded_table(report)
+        show(report, as_json, _bounded_table)
         return
     if options["memory"] is not None:
         raise click.UsageError("--memory needs a --policy")
@@ -63,10 +66,7 @@ def size(model: str | None, family: str | None, as_json: bool, **options: Any) -
         report = measure_foreign(_config(model, family, options), context, batch)
     if options["measured"]:
         report["peak"] = _peak(model, family, options)
-    if as_json:
-        click.echo(json.dumps(report, indent=2))
-        return
-    _table(report)
+    show(report, as_json, _table)
 
 
 def _plan(model: str | None, family: str | None, options: dict[str, Any], as_json: bool) -> None:
@@ -202,13 +202,10 @@ def _decoded(net: Any, policy: str | None, context: int, batch: int) -> dict[str
     }
 
 
-def _bounded_table(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _bounded_table(console: Any, report: dict[str, Any]) -> None:
     titles = {
         "policy": "policy",
-        "bytes": f"{report['batch']} row(s)",
+        "bytes": counted(report["batch"], "row"),
         "share": "of none",
         "largest_batch": "largest batch",
         "measured_bytes": "measured",
@@ -226,16 +223,12 @@ def _bounded_table(report: dict[str, Any]) -> None:
             shown["tokens_per_second"] = f"{row['tokens_per_second']:,.1f}"
             shown["speed"] = f"{row['tokens_per_second'] / first['tokens_per_second']:.2f}x"
         rows.append(shown)
-    title = f"State of {report['batch']} row(s), none at {report['context']:,} tokens"
-    table = Table(title=title, title_justify="left")
-    for name in rows[0]:
-        table.add_column(titles[name], justify="left" if name == "policy" else "right")
-    for shown in rows:
-        table.add_row(*shown.values())
-    Console().print(table)
+    title = f"State of {titles['bytes']}, none at {counted(report['context'], 'token')}"
+    columns = [Column(titles[name], number=name != "policy") for name in rows[0]]
+    table(console, title, columns, [tuple(shown.values()) for shown in rows])
     if report["memory"] is not None:
         weights = human_bytes(report["weights_bytes"])
-        Console().print(f"in {human_bytes(report['memory'])}, of which weights {weights}")
+        console.print(f"in {human_bytes(report['memory'])}, of which weights {weights}")
 
 
 def _is_ours(model: str) -> bool:
@@ -277,20 +270,14 @@ def _net(model: str | None, family: str | None, options: dict[str, Any]) -> Any:
     return load_any(model, None, options["trust_remote_code"])
 
 
-def _table(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"State of {report['batch']} row(s)", title_justify="left")
-    table.add_column("layer", justify="right")
-    table.add_column("kind")
-    table.add_column("tensors")
-    table.add_column("bytes", justify="right")
+def _table(console: Any, report: dict[str, Any]) -> None:
+    rows = []
     for i, layer in enumerate(report["layers"]):
         inside = ", ".join(f"{name} {count:,}" for name, count in layer["tensors"].items())
-        table.add_row(str(i), layer["kind"], inside, f"{layer['bytes']:,}")
-    console = Console()
-    console.print(table)
+        rows.append((str(i), layer["kind"], inside, f"{layer['bytes']:,}"))
+    layer, sizes = Column("layer", number=True), Column("bytes", number=True)
+    title = f"State of {counted(report['batch'], 'row')}"
+    table(console, title, [layer, "kind", Column("tensors", words=True), sizes], rows)
     ratio = report["transformer_bytes"] / max(report["state_bytes"], 1)
     when = f"at {report['context']:,} tokens" if report["grows"] else "at any length"
     cross = report["crossover_tokens"]

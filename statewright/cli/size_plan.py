@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
+
+from statewright.cli.show import emit
 
 
 def show_plan(numbers: int, results: str | None, as_json: bool) -> None:
@@ -15,7 +16,7 @@ def show_plan(numbers: int, results: str | None, as_json: bool) -> None:
 
     found = plan(numbers, None if results is None else read_study(results, "capacity"))
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2))
+        emit(found.as_dict())
         return
     click.echo(f"state of {found.numbers:,} numbers ({found.numbers / 1e6:.4g} M)")
     for estimate in found.estimates:

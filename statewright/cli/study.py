@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import PARALLEL, device_of, options_of
+from statewright.cli.common import PARALLEL, Verbs, device_of, options_of
 from statewright.cli.rl import rl
+from statewright.cli.show import console, line_of, table
 from statewright.cli.types import POLICY, SEED, SIZES, TEXT, Names
 from statewright.studies.equal_bytes_settings import TASKS, EqualBytesSettings
 from statewright.studies.settings import (
@@ -37,9 +38,12 @@ _TRAINING = {
 }
 
 
-@click.group()
+@click.group(cls=Verbs)
 def study() -> None:
     """Repeat the experiments of "Were RNNs All We Needed?", at a scale for 2 cores or the paper's.
+
+    \b
+    Example: statewright study selective-copy --output copy.json
 
     Results go to one JSON file; what it holds is not run again, so an interrupted study goes on
     where it was. Other settings need another file.
@@ -72,14 +76,12 @@ def _run(name: str, kind: type, chosen: dict[str, Any], **more: Any) -> None:
     from dataclasses import fields, replace
     from functools import partial
 
-    from rich.console import Console
-
     from statewright.studies.cells import run_cells
     from statewright.studies.experiment import Place, about, check_resumable, read_study
     from statewright.studies.figures import check_drawable
     from statewright.studies.sweep import quiet, runner_of
 
-    ctx, console = click.get_current_context(), Console()
+    ctx, to = click.get_current_context(), console()
     module = importlib.import_module(f"statewright.studies.{name.replace('-', '_')}")
     given = click.core.ParameterSource.COMMANDLINE
     said = {
@@ -95,36 +97,29 @@ def _run(name: str, kind: type, chosen: dict[str, Any], **more: Any) -> None:
     work = output.with_name(f".{output.stem}.work")
 
     def listen(point: dict[str, Any]) -> None:
-        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in point.items())
-        console.print("  ".join(shown), highlight=False)
+        to.print(line_of(point), soft_wrap=True)
 
     wanted = settings, chosen["system"] or module.DEFAULT, chosen["seed"]
     make = partial(module.cells, *wanted, **more)
-    recipe, cells = (partial(make, place=Place(work, device, to)) for to in (quiet, listen))
+    recipe, cells = (partial(make, place=Place(work, device, hear)) for hear in (quiet, listen))
     runner = runner_of(chosen["parallel"], recipe, device.type == "cuda")
     told = about(name, settings, " ".join(["statewright", *sys.argv[1:]]), device)
     for key, result in run_cells(cells(), output, told, runner):
-        console.print(f"[bold]{key}[/bold] done in {result['seconds']:,.0f} s", highlight=False)
+        to.print(f"{key} done in {result['seconds']:,.0f} s", soft_wrap=True)
     if not any(work.rglob("*.safetensors")):
         shutil.rmtree(work, ignore_errors=True)
-    _show(console, module, read_study(output, name))
+    _show(to, module, read_study(output, name))
     if chosen["figure"]:
         _draw(output, chosen["figure"])
 
 
 def _show(console: Any, module: Any, found: dict[str, Any]) -> None:
-    from rich.table import Table
-
     rows = module.table(found)
     if rows:
-        table = Table()
-        for name in rows[0]:
-            table.add_column(name)
-        for row in rows:
-            table.add_row(*(str(row.get(name, "")) for name in rows[0]))
-        console.print(table)
+        cells = [[str(row.get(name, "")) for name in rows[0]] for row in rows]
+        table(console, "", list(rows[0]), cells)
     if hasattr(module, "NOTE"):
-        console.print(module.NOTE, highlight=False)
+        console.print(module.NOTE)
 
 
 def _draw(results: str | Path, figure: str) -> None:
@@ -141,7 +136,11 @@ def _draw(results: str | Path, figure: str) -> None:
     {"length": "Tokens before the markers.", "tokens": "Tokens to copy.", **_TRAINING},
 )
 def selective_copy(**chosen: Any) -> None:
-    """Copy marked tokens out of noise: minimal RNNs by depth, and time-invariant systems."""
+    """Copy marked tokens out of noise: minimal RNNs by depth, and time-invariant systems.
+
+    \b
+    Example: statewright study selective-copy --output copy.json
+    """
     _run("selective-copy", SelectiveCopySettings, chosen)
 
 
@@ -158,7 +157,11 @@ def selective_copy(**chosen: Any) -> None:
     },
 )
 def char_lm(text: str, **chosen: Any) -> None:
-    """Character language models side by side: loss against steps."""
+    """Compare character language models: loss against steps.
+
+    \b
+    Example: statewright study char-lm --text book.txt --output lm.json
+    """
     _run("char-lm", CharLMSettings, chosen, text=text)
 
 
@@ -172,7 +175,11 @@ def char_lm(text: str, **chosen: Any) -> None:
 )
 @options_of(ChomskySettings, {"train_length": "Longest word to train on.", **_TRAINING})
 def chomsky(task: tuple[str, ...], **chosen: Any) -> None:
-    """Tasks of the Chomsky hierarchy: trained on short words, tested on long ones."""
+    """Train on short words of the Chomsky hierarchy's tasks, and test on long ones.
+
+    \b
+    Example: statewright study chomsky --task majority --output words.json
+    """
     more = {"tasks": task} if task else {}
     _run("chomsky", ChomskySettings, chosen, **more)
 
@@ -181,7 +188,11 @@ def chomsky(task: tuple[str, ...], **chosen: Any) -> None:
 @_common
 @options_of(ListOpsSettings, {"train_length": "Longest expression to train on.", **_TRAINING})
 def listops(**chosen: Any) -> None:
-    """Nested operations on digits: trained on short expressions, tested on long ones."""
+    """Train on short nested operations on digits, and test on long ones.
+
+    \b
+    Example: statewright study listops --output listops.json
+    """
     _run("listops", ListOpsSettings, chosen)
 
 
@@ -199,7 +210,11 @@ def listops(**chosen: Any) -> None:
     },
 )
 def train_cost(**chosen: Any) -> None:
-    """Time and memory of a training step against length, by loop and by fused kernel."""
+    """Measure a training step's time and memory against length, by loop and by fused kernel.
+
+    \b
+    Example: statewright study train-cost --output cost.json
+    """
     _run("train-cost", TrainCostSettings, chosen)
 
 
@@ -227,7 +242,11 @@ def train_cost(**chosen: Any) -> None:
     },
 )
 def equal_bytes(task: tuple[str, ...], **chosen: Any) -> None:
-    """Train every family at the same bytes of state: recall against bytes."""
+    """Train every family at the same bytes of state: recall against bytes.
+
+    \b
+    Example: statewright study equal-bytes --output bytes.json
+    """
     _run("equal-bytes", EqualBytesSettings, chosen, **({"tasks": task} if task else {}))
 
 
@@ -235,5 +254,9 @@ def equal_bytes(task: tuple[str, ...], **chosen: Any) -> None:
 @click.argument("results", type=TEXT)
 @click.argument("figure", type=click.Path())
 def figure_(results: str, figure: str) -> None:
-    """Draw the FIGURE of a study from its RESULTS, and from nothing else."""
+    """Draw the FIGURE of a study from its RESULTS, and from nothing else.
+
+    \b
+    Example: statewright study figure copy.json copy.png
+    """
     _draw(results, figure)

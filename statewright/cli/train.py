@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from statewright.cli.common import options_of
+from statewright.cli.common import mixers_of, options_of
 from statewright.cli.presets import preset_option
 from statewright.cli.resume import changes, given, is_begun, located, refuse_other_options
+from statewright.cli.show import console
 from statewright.cli.types import COUNT, MIXER, MODEL, POSITIVE, TEXT, TOKENIZER
 from statewright.train.config import TrainConfig
 
@@ -93,6 +94,9 @@ _HELD_OUT = 1_000_000
 def train(ctx: click.Context, output_dir: str, **options: Any) -> None:
     """Train a language model on text or token files; --resume continues exactly.
 
+    \b
+    Example: statewright train --text book.txt --output-dir run
+
     Documents are files, or those of the token file. Rows of a batch are lanes of consecutive
     text: the state is carried from step to step and reset where a document begins. Under
     torchrun, several processes share a step. Ctrl-C, SIGTERM and SIGUSR1 save after the step and
@@ -131,23 +135,21 @@ def _holds_a_run(directory: Path) -> bool:
 
 
 def _train(run: Any, tensorboard: bool) -> None:
-    from rich.console import Console
-
     from statewright.cli.progress import TrainingBar
     from statewright.cli.tensorboard import TensorBoardListener
     from statewright.train.loop import TrainingInterrupted, TrainingStopped
 
     first = run.world.rank == 0
-    console = Console(stderr=True, quiet=not first)
+    to = console(stderr=True, quiet=not first)
     parameters = sum(p.numel() for p in run.model.parameters())
     together = f"{run.world.size} processes, " if run.world.size > 1 else ""
-    console.print(
-        f"{run.model.config.mixer}, {parameters:,} parameters, {run.num_tokens:,} training "
+    to.print(
+        f"{mixers_of(run.model.config)}, {parameters:,} parameters, {run.num_tokens:,} training "
         f"tokens, {together}state {run.state.rows(0).nbytes:,} bytes"
     )
     if run.step == run.config.num_steps:
-        console.print(f"its {run.step:,} steps are done; a higher --num-steps extends it")
-    bar = TrainingBar(console, run.config.num_steps, run.step)
+        to.print(f"its {run.step:,} steps are done; a higher --num-steps extends it")
+    bar = TrainingBar(to, run.config.num_steps, run.step)
     board = TensorBoardListener(run.directory) if tensorboard and first else None
     listeners = [bar] if board is None else [bar, board]
     run.listen = lambda event: [listen(event) for listen in listeners]

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from statewright.cli.types import SEED, TEXT, Number
+
 _OURS = ".quickstart"
 RESULTS = "quickstart.json"
 # Eight windows for the Transformer, and two readings for the diagnosis.
@@ -16,18 +18,25 @@ _LEAST = 12_288
 
 
 @click.command()
-@click.option("--text", type=click.Path(), help="Any text file [default: Moby-Dick's beginning].")
+@click.option("--text", type=TEXT, help="Any text file [default: Moby-Dick's beginning].")
 @click.option("--output-dir", type=click.Path(), default="runs/quickstart", show_default=True)
-@click.option("--seconds", type=float, default=60.0, show_default=True, help="About this long.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seconds",
+    type=Number(0, above=True),
+    default=60.0,
+    show_default=True,
+    help="About this long.",
+)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 def quickstart(text: str | None, output_dir: str, seconds: float, seed: int) -> None:
     """Show, in about two minutes and without a download, what each of the four papers found.
+
+    \b
+    Example: statewright quickstart
 
     A collapsed Mamba-2 is diagnosed and repaired, a Transformer bounded, a minGRU trained by scan
     and read on with, the state of a GLA enlarged. The numbers are kept in quickstart.json.
     """
-    if not 0 < seconds < float("inf"):
-        raise click.BadParameter(f"{seconds}, expected a positive number", param_hint="--seconds")
     whole = _text(text)
     if len(whole.encode()) < _LEAST:
         raise ValueError(
