@@ -196,6 +196,7 @@ def test_json_lines_need_no_package_and_say_which_line_is_wrong(
         write(f"{GOOD}\n\n{line}\n{GOOD}\n")
         with pytest.raises(ValueError, match=re.escape(f"{path}, line 3: {said}")):
             list(dataset_documents(str(path)))
+    write(GOOD)
     path.write_bytes(path.read_bytes()[:-9] if packed else f"{GOOD}\n".encode("latin-1"))
     wrong = "after line [0-9]: a damaged .gz file" if packed else "line 1: not UTF-8 text"
     with pytest.raises(ValueError, match=wrong):

@@ -249,10 +249,10 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(judged) == 0
     shown = capsys.readouterr().out
     assert "judged by" in shown and "win_rate" in shown and "distinct_4" in shown
-    for more, said in (
-        (["--task", "mqar", "--judge", str(tmp_path / "m")], "no task is judged"),
-        (["--task", STORIES, "--judge", str(tmp_path / "none")], "none"),
+    for code, more, said in (
+        (1, ["--task", "mqar", "--judge", str(tmp_path / "m")], "no task is judged"),
+        (2, ["--task", STORIES, "--judge", str(tmp_path / "none")], "none"),
     ):
-        assert main([*verb, *more]) == 1
+        assert main([*verb, *more]) == code
         told = capsys.readouterr().err
         assert said in told and told.count("\n") == 1, told

@@ -251,7 +251,7 @@ def test_the_command_line(tmp_path: Path, capsys) -> None:
     about = json.loads((tmp_path / "r.json").read_text())["about"]
     assert about["settings"]["tokens"] == "words" and about["settings"]["easy_steps"] == 300
     for wrong, told in (
-        (["--text", "a.txt"], "leave out --text"),
+        (["--text", __file__], "leave out --text"),
         (["--length", "64"], "a key needs 128 tokens"),
         (["--passkey-share", "0.5"], "--tokens=words needs --passkey-share=1"),
         (["--longest-recall", "128"], "--longest-recall=128, expected 0 or at least 256"),

