@@ -175,20 +175,14 @@ def _page(
     Path(path).write_text(page(record), encoding="utf-8")
 
 
-def _show(found: Any, saved: Path | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    table = Table(title="nats per token, on text that was not searched on", title_justify="left")
-    for column in ("tokens", "before", "after"):
-        table.add_column(column, justify="right")
+def _draw(console: Any, found: Any, saved: Path | None) -> None:
     inside = f"{found.train_length:,}"
-    table.add_row(inside, f"{found.before.inside:.3f}", f"{found.after.inside:.3f}")
+    rows = [(inside, f"{found.before.inside:.3f}", f"{found.after.inside:.3f}")]
     for (tokens, before), (_, after) in zip(found.before.octaves, found.after.octaves):
-        table.add_row(f"{tokens:,}", f"{before:.3f}", f"{after:.3f}")
-    console.print(table)
-    console.print(_told(found, saved), markup=False)
+        rows.append((f"{tokens:,}", f"{before:.3f}", f"{after:.3f}"))
+    columns = [Column(name, number=True) for name in ("tokens", "before", "after")]
+    table(console, "nats per token, on text that was not searched on", columns, rows)
+    console.print(_told(found, saved), soft_wrap=True)
 
 
 def _told(found: Any, saved: Path | None) -> str:
