@@ -53,15 +53,15 @@ class Mixer(nn.Module):
 
     def init_state(self, batch_size: int) -> State:
         """The state of `batch_size` rows that have seen nothing."""
-        raise NotImplementedError
+        raise _missing(self, "init_state")
 
     def random_state(self, batch_size: int, generator: torch.Generator) -> State:
         """A valid state as if some tokens had been seen, for tests of the laws."""
-        raise NotImplementedError
+        raise _missing(self, "random_state")
 
     def update(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token for every row: x (B, D) -> y (B, D) and the next state, `seen` unchanged."""
-        raise NotImplementedError
+        raise _missing(self, "update")
 
     def step(
         self,
@@ -156,7 +156,11 @@ class Mixer(nn.Module):
 
     def check(self, state: State, batch_size: int) -> None:
         """Raise ValueError if the state is not one of this mixer's for that many rows."""
-        raise NotImplementedError
+        raise _missing(self, "check")
+
+
+def _missing(mixer: Mixer, method: str) -> NotImplementedError:
+    return NotImplementedError(f"{type(mixer).__name__} has no method {method!r} of its own")
 
 
 def inner_size(hidden_size: int, expansion: float) -> int:
@@ -224,11 +228,11 @@ class VectorMixer(Mixer):
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """log_a and b (B, T, inner), in at least float32."""
-        raise NotImplementedError
+        raise _missing(self, "gates")
 
     def initial(self) -> Tensor:
         """The state before the first token: (inner,), in the state's dtype."""
-        raise NotImplementedError
+        raise _missing(self, "initial")
 
     def project(self, x: Tensor) -> list[Tensor]:
         """The gates' pre-activations, each (..., inner), in at least float32."""
