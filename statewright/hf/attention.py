@@ -7,17 +7,18 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from statewright.hf.arguments import cache_in
 from statewright.hf.rotary import note, rotary_modules, undone
+from statewright.hf.tokens_read import check_prompt
 from statewright.policies.simulate import Rule
 
 NAME = "statewright_bounded"
@@ -31,12 +32,13 @@ _ACTIVE: ContextVar[Call | None] = ContextVar("statewright_bounded_call", defaul
 class Call:
     """One forward call with a BoundedCache in its arguments.
 
-    mask (B, S) bool, whose last T columns are the new tokens; configs, the ids of the model's own,
-    whose attention is ours until the call ends; depth, calls of a model inside a model; staged,
-    the layers whose new keys wait for their attention.
+    ids (B, T), None for embeddings; mask (B, S) bool, whose last T columns are the new tokens;
+    configs, the ids of the model's own, whose attention is ours until the call ends; depth, calls
+    of a model inside a model; staged, the layers whose new keys wait for their attention.
     """
 
     cache: Cache
+    ids: Tensor | None
     mask: Tensor | None
     configs: frozenset[int]
     module: nn.Module
@@ -74,15 +76,24 @@ def _follow_calls() -> None:
     """Let a config name our attention within a bounded call of its model, and only there.
 
     What the config holds is never written, so that calls in other threads read what they did.
+    `generate` cuts a prompt by a filled cache's length alone: under ours it is looked at first.
     """
-    theirs = PreTrainedConfig._attn_implementation
+    theirs, prefill = PreTrainedConfig._attn_implementation, GenerationMixin._prefill
 
     def read(config: PreTrainedConfig) -> Any:
         # A compiled graph cannot ask for the call, and is refused where the call ends.
         call = None if torch.compiler.is_compiling() else _ACTIVE.get()
         return NAME if call is not None and id(config) in call.configs else theirs.fget(config)
 
+    @wraps(prefill)
+    def checked(self: Any, input_ids: Tensor, generation_config: Any, given: dict, *args, **kwargs):
+        cache = cache_in(given)
+        if getattr(cache, "is_bounded", False):
+            check_prompt(cache, input_ids, generation_config, given)
+        return prefill(self, input_ids, generation_config, given, *args, **kwargs)
+
     PreTrainedConfig._attn_implementation = property(read, theirs.fset)
+    GenerationMixin._prefill = checked
 
 
 def bounded_attention(
@@ -152,7 +163,7 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     configs, table = _KNOWN[module]
     if table is not None:
         _check_table(table, cache, given, mask)
-    _ACTIVE.set(Call(cache, None if mask is None else mask.bool(), configs, module))
+    _ACTIVE.set(Call(cache, ids, None if mask is None else mask.bool(), configs, module))
 
 
 def _leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -170,6 +181,8 @@ def _leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             f"BoundedCache: {type(module).__name__} computes attention past transformers' "
             "interface, so nothing would be evicted; it is not supported"
         )
+    if output is not None:
+        call.cache.read.add(call.ids)
 
 
 def _rotary(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from transformers.cache_utils import (
 
 from statewright.hf.attention import active_call, install, uses_interface
 from statewright.hf.rotary import Probe, find_turns
+from statewright.hf.tokens_read import TokensRead
 from statewright.mixers.kv import bounded, empty_list, extend, needs_grad
 from statewright.policies import Eviction, Policy, Window, build_policy
 from statewright.policies.placement import Placement, check_mode
@@ -33,6 +35,13 @@ from statewright.state import KVState
 _IDLE = 1 << 20
 _LISTS = (DynamicLayer, DynamicSlidingWindowLayer)
 _BOTH = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+
+
+def _refuse(name: str, why: str) -> Callable[..., NoReturn]:
+    def refuse(self: Cache, *args: object, **kwargs: object) -> NoReturn:
+        raise ValueError(f"BoundedCache.{name}: {why}")
+
+    return refuse
 
 
 class BoundedLayer(CacheLayerMixin):
@@ -93,8 +102,8 @@ class BoundedLayer(CacheLayerMixin):
         call = active_call()
         if call is None or not any(layer is self for layer in call.cache.layers):
             raise ValueError(
-                "BoundedCache: used outside a call of the model it was built for; pass it as "
-                "past_key_values to that model"
+                "BoundedCache.update: used outside a call of the model that it was built for; pass "
+                "it as past_key_values to that model"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -166,9 +175,6 @@ class BoundedLayer(CacheLayerMixin):
             "and go on from the copy (assisted decoding needs cropping and is not supported)"
         )
 
-    def offload(self) -> None:
-        raise ValueError("BoundedCache: offloading is not supported; the state is small")
-
     def _rows(self, index: Tensor) -> None:
         if self._working is not None:
             self._working = self._working.rows(index)
@@ -211,7 +217,9 @@ class BoundedCache(Cache):
     positions: "original", or "renumbered" or "compressed" (see `Placement`): rotary models only,
     keys are stored un-rotated and policies that look at keys see them so. The model is not
     changed; calls without this cache are as before; recurrent layers of hybrids are untouched.
-    To go on with a filled cache give `generate` all ids and an attention_mask. Raises ValueError
+    To go on with a filled cache give `generate` all ids so far (or the new ones with a longer
+    attention_mask); another text is refused, where ids can be seen (not from inputs_embeds): call
+    `reset()` first. A plain call reads its ids as new ones, whatever they are. Raises ValueError
     for a policy that does not bound lists and for a model whose attention, cache layers or
     positions we cannot follow (Bloom, MPT, Falcon, before 5.24 GPT-J and CodeGen: nothing tells a
     policy what their own code attends to; their biases and masks go by slot, not by token).
@@ -252,6 +260,7 @@ class BoundedCache(Cache):
         own = [chosen.for_layer(sum(lists[:i]), sum(lists)) for i in range(len(lists))]
         super().__init__(layers=[_layer(t, p, block) for t, p in zip(theirs, own)])
         install(model)
+        self.read = TokensRead()
         self.positions = check_mode(positions, "BoundedCache")
         self.probe: Probe | None = None
         self.undo: frozenset[int] = frozenset()
@@ -282,11 +291,31 @@ class BoundedCache(Cache):
         found = next((layer.seen for layer in lists if layer.is_initialized), None)
         return torch.zeros(batch_size, dtype=torch.long, device=device) if found is None else found
 
+    def reset(self) -> None:
+        super().reset()
+        self.read = TokensRead()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.read.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.read.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.read.select(torch.arange(self.read.num_rows).repeat_interleave(repeats))
+
     def crop(self, *args: object, **kwargs: object) -> None:
         raise ValueError(
             "BoundedCache.crop: tokens that have left cannot come back; deepcopy the cache before "
             "and go on from the copy (assisted decoding needs cropping and is not supported)"
         )
+
+    offload = _refuse("offload", "a bounded list is small and stays where its model is")
+    prefetch = _refuse("prefetch", "nothing is offloaded")
+    __iter__ = _refuse("__iter__", "read cache.states, which says what positions were kept")
 
 
 def _block(prefill: str) -> int:

@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from transformers.cache_utils import Cache
 
+from statewright.hf.tokens_read import TokensRead
 from statewright.state import ModelState
 
 
@@ -41,6 +42,7 @@ class StateCache(Cache):
         super().__init__(layers=[])
         self.state = state
         self.num_tokens = 0
+        self.read = TokensRead()
 
     def __len__(self) -> int:
         return 0 if self.state is None else len(self.state.layers)
@@ -73,13 +75,14 @@ class StateCache(Cache):
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
 
-    def advance(self, state: ModelState, num_tokens: int) -> None:
-        """Store the state after `num_tokens` more tokens."""
+    def advance(self, state: ModelState, num_tokens: int, ids: torch.Tensor | None = None) -> None:
+        """Store the state after `num_tokens` more tokens, whose ids these are."""
         self.state = state
         self.num_tokens += num_tokens
+        self.read.add(ids)
 
     def reset(self) -> None:
-        self.state, self.num_tokens = None, 0
+        self.state, self.num_tokens, self.read = None, 0, TokensRead()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._rows(beam_idx)
@@ -108,10 +111,12 @@ class StateCache(Cache):
     early_initialization = _per_layer("early_initialization")
     offload = _per_layer("offload")
     prefetch = _per_layer("prefetch")
+    __iter__ = _per_layer("__iter__")
 
     def _rows(self, index: torch.Tensor) -> None:
         if self.state is not None:
             self.state = self.state.rows(index)
+            self.read.select(index)
 
     @property
     def is_initialized(self) -> bool:

@@ -9,6 +9,7 @@ from transformers import GenerationMixin
 
 from statewright.hf.arguments import CACHE, NAMES, cache_in
 from statewright.hf.cache import StateCache
+from statewright.hf.tokens_read import check_prompt
 from statewright.state import ModelState
 
 
@@ -57,17 +58,10 @@ class StateGenerationMixin(GenerationMixin):
         """None: a State counts its rows' tokens itself; only the caller's positions are read."""
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        """transformers would feed ids that the cache has already seen a second time, silently."""
-        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
-        given, seen = input_ids.shape[1], 0 if cache is None else cache.get_seq_length()
-        covered = (
-            getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[1]
-        )
-        if seen and covered == given <= seen and model_kwargs.get("inputs_embeds") is None:
-            raise ValueError(
-                f"generate: input_ids holds {given} tokens, but the cache has seen {seen}; give "
-                "all of them followed by the new ones, or the new ones alone with StateCache(state)"
-            )
+        """transformers cuts ids by the cache's length, whatever the cache has read."""
+        cache = cache_in(model_kwargs)
+        if isinstance(cache, StateCache):
+            check_prompt(cache, input_ids, generation_config, model_kwargs)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):

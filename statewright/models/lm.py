@@ -135,7 +135,7 @@ class StatewrightModel(StatewrightPreTrainedModel):
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = StateCache()
         if cache is not None:
-            cache.advance(new_state, T)
+            cache.advance(new_state, T, input_ids)
         return StatewrightModelOutput(
             last_hidden_state=x,
             state=new_state,
