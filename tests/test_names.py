@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import warnings
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from statewright import laws, ops
+from statewright.cli import main
 from statewright.mixers import MIXERS, Mixer, build_mixer
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
 from statewright.names import short_names
@@ -154,3 +156,14 @@ def test_models_of_one_last_name_are_two() -> None:
     result = {"policy": "none", "task": "copy", "metrics": {"accuracy": 0.5}, "n": 4, "cost": cost}
     page = evaluation([{**result, "model": "x/a"}, {**result, "model": "y/a"}], "e")
     assert "x/a" in page and "y/a" in page
+
+
+def test_a_page_keeps_files_of_one_name_apart(tmp_path) -> None:
+    out = tmp_path / "page.html"
+    files = [tmp_path / place / "a.json" for place in ("x", "y")]
+    for i, file in enumerate(files):
+        file.parent.mkdir()
+        file.write_text(json.dumps({"cells": {"task": {"score": i + 0.5}}}))
+    assert main(["report", *map(str, files), "--out", str(out)]) == 0
+    shown = out.read_text(encoding="utf-8")
+    assert "x/a.json" in shown and "y/a.json" in shown and str(tmp_path) not in shown

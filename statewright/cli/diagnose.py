@@ -64,7 +64,7 @@ def diagnose(model: str, text: str, policy: str | None, report: str | None, **op
             _diagnose(net, ids, train_length, tokenizer, prompts, run, model, progress)
             for run in runs
         ]
-    record = as_record(found, {"text": Path(text).name, "rows": options["rows"]})
+    record = as_record(found, {"text": text, "rows": options["rows"]})
     if report is not None:
         from statewright.report.diagnosis import page
 

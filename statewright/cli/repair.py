@@ -171,7 +171,7 @@ def _page(
             warnings.simplefilter("ignore", UserWarning)  # what the policy is, the page says itself
             fixed = load(directory, "float32")
         found.append(diagnose(fixed, ids, train_length, tokenizer, name=str(directory)))
-    record = as_record(found, {"text": Path(text).name, "rows": len(ids)})
+    record = as_record(found, {"text": text, "rows": len(ids)})
     Path(path).write_text(page(record), encoding="utf-8")
 
 

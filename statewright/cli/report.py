@@ -28,9 +28,11 @@ def report(results: tuple[str, ...], out: str, title: str | None, as_json: bool)
     heat maps, which tokens survive; no network, readable on a phone, in print and without a mouse.
     The same files give the same bytes.
     """
+    from statewright.names import short_names
     from statewright.report.xray import page, read
 
-    text = page([(Path(name).name, read(name)) for name in results], title)
+    names = short_names(results)
+    text = page([(names[name], read(name)) for name in results], title)
     _write(out, text)
     found = {"page": out, "bytes": len(text.encode()), "results": list(results)}
     said = f"{out}: {found['bytes']:,} bytes, of {counted(len(results), 'file')}"
@@ -79,7 +81,7 @@ def trace(
     ids = text_ids(Path(text), tokenizer, length).long()
     tokens = token_labels(tokenizer, ids)
     found = run(net, ids.to(net.device), tokens, policies, every)
-    about: dict[str, Any] = {"model": Path(model).name, "text": Path(text).name}
+    about: dict[str, Any] = {"model": model, "text": text}
     about |= {"command": " ".join(["statewright", *sys.argv[1:]]), **environment(net.device)}
     _write(output, json.dumps({**about, **found}, separators=(",", ":")) + "\n")
     summary = {"output": output, "tokens": len(tokens), "policies": ["none", *policies]}
