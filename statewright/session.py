@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -92,6 +93,11 @@ class Session:
     def reach(self) -> int:
         """The earliest number of tokens that `rewind` can go back to."""
         return self._history.reach
+
+    @property
+    def last_ids(self) -> np.ndarray:
+        """The last tokens read (B, at most 8): a character may be open in them."""
+        return self._hash.last
 
     @property
     def logits(self) -> Tensor | None:
@@ -182,6 +188,7 @@ class Session:
         """Write a state file from which `Session.load` continues bit-identically."""
         beside = {} if self._logits is None else {"logits": self._logits}
         entries = {**(about or {}), "position": self._position, "chunk": self.chunk}
+        entries["last_ids"] = self.last_ids.tolist()
         save_state(
             self._held(),
             path,
@@ -211,7 +218,8 @@ class Session:
         options.setdefault("chunk", file.about.get("chunk", _CHUNK))
         session = cls(model, file.policy if policy is None else policy, file.state, **options)
         session._logits = file.beside.get("logits")
-        session._hash = RollingHash(file.state.batch_size, file.tokens_hash)
+        last = file.about.get("last_ids")
+        session._hash = RollingHash(file.state.batch_size, file.tokens_hash, last)
         session._position = file.about.get("position", int(file.state.seen.max()))
         session._history = History(session._snapshot(), session._history.budget)
         return session

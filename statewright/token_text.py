@@ -121,7 +121,8 @@ def text_stream(tokenizer: Any, ids: Iterable[int], context: Sequence[int] = ())
     """Yield the text of ids as soon as it is certain, never half a character.
 
     The pieces together are `text_of` all ids up to the end-of-text token, which ends the stream.
-    context: the last tokens before them, if there are any.
+    context: the last tokens before them, if there are any; a character that they leave open is
+    finished.
     """
     ended = _until(ids, tokenizer.eos_token_id)
     known = TokenBytes.of(tokenizer)
@@ -130,6 +131,7 @@ def text_stream(tokenizer: Any, ids: Iterable[int], context: Sequence[int] = ())
         return
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     begins = not context
+    decoder.decode(known.join(context))
     for token in ended:
         text = decoder.decode(known.first(token) if begins else known[token])
         begins = False
@@ -163,6 +165,8 @@ def _unsure_stream(tokenizer: Any, ids: Iterable[int], context: Sequence[int]) -
     """Every piece is decoded behind the one before it, because many tokenizers drop the space
     before the first word that they decode."""
     before, held = list(context), []
+    while before and len(held) < _MOST_HELD and tokenizer.decode(before).endswith("\ufffd"):
+        held.insert(0, before.pop())
     for token in chain(ids, [None]):
         held += [] if token is None else [token]
         start, text = tokenizer.decode(before), tokenizer.decode(before + held)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,6 +42,7 @@ def fed(model: Any, ids: Tensor, splits: list[int], **options: Any) -> Session:
 def assert_same(a: Session, b: Session) -> None:
     """Bit-identical, in everything there is."""
     assert (a.seen, a.tokens_hash, a.nbytes) == (b.seen, b.tokens_hash, b.nbytes)
+    assert np.array_equal(a.last_ids, b.last_ids)
     assert (a.logits is None) == (b.logits is None)
     assert a.logits is None or torch.equal(a.logits, b.logits)
     for (name, x), (_, y) in zip(a.state.items(), b.state.items(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,9 @@ from statewright.token_text import (
 
 BYTES = byte_tokenizer()
 many = settings(max_examples=80, deadline=None, derandomize=True)
+PYTHON_ONLY = SimpleNamespace(
+    eos_token_id=None, decode=lambda ids: bytes(ids).decode("utf-8", errors="replace")
+)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 INVALID = [
     b"hello\xe2 world",
@@ -142,16 +146,27 @@ def test_streams_come_at_once_and_end_with_the_text(kind: str) -> None:
 def test_streams_of_tokenizers_that_do_not_say_their_bytes() -> None:
     """Decoded behind what came before; a character that a token completes is never printed in half,
     and garbage does not hold the stream."""
-    python_only = SimpleNamespace(
-        eos_token_id=None, decode=lambda ids: bytes(ids).decode("utf-8", errors="replace")
-    )
-    assert list(text_stream(python_only, "a€b𝄞".encode())) == ["a", "€", "b", "𝄞"]
-    assert list(text_stream(python_only, b"a\xe2")) == ["a", "\ufffd"]
-    found = list(text_stream(python_only, b"\x80" * 50 + "€".encode()))
+    assert list(text_stream(PYTHON_ONLY, "a€b𝄞".encode())) == ["a", "€", "b", "𝄞"]
+    assert list(text_stream(PYTHON_ONLY, b"a\xe2")) == ["a", "\ufffd"]
+    found = list(text_stream(PYTHON_ONLY, b"\x80" * 50 + "€".encode()))
     assert "".join(found) == "\ufffd" * 50 + "€" and len(found) > 40
     characters = character_tokenizer("é€")
     assert "".join(text_stream(characters, [0, 1])) == "é€"
     assert token_labels(characters, [0, 1]) == ["é", "€"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "python only"])
+def test_a_stream_finishes_the_character_that_its_context_leaves_open(kind: str) -> None:
+    text = "a€b𝄞é."
+    if kind == "python only":
+        tokenizer, ids = PYTHON_ONLY, list(text.encode())
+    else:
+        tokenizer, ids = KINDS[kind], ids_of(kind, text.encode())
+    for cut in range(1, len(ids)):
+        context = ids[max(0, cut - 8) : cut]
+        decode = tokenizer.decode if kind == "python only" else partial(text_of, tokenizer)
+        whole = decode(ids[:cut]).rstrip("\ufffd")
+        assert "".join(text_stream(tokenizer, ids[cut:], context)) == text[len(whole) :], cut
 
 
 @every_kind

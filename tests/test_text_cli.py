@@ -13,7 +13,9 @@ from test_cli import assert_refused, run  # noqa: F401
 
 from statewright.cli import cli
 from statewright.models import StatewrightConfig, StatewrightForCausalLM
+from statewright.models.sampling import Sampling
 from statewright.models.tokenizers import byte_tokenizer
+from statewright.session import Session
 
 TEXT_OPTIONS = ("text", "valid_text", "report_text", "prompt_file")
 BOM = b"\xef\xbb\xbf"
@@ -100,7 +102,6 @@ def test_a_mark_changes_nothing_that_is_written(home, tmp_path, run) -> None:  #
 
 
 def test_generate_prints_bytes_as_python_does(home, run, monkeypatch) -> None:  # noqa: F811
-    from statewright.session import Session
 
     row = "né €".encode() + b"\xe2 \x80z" + "🙂".encode()
     ids = [torch.tensor([byte]) for byte in row]
@@ -113,3 +114,20 @@ def test_a_prompt_of_broken_bytes_is_refused(home, run) -> None:  # noqa: F811
     """What the system hands over for an argument that is no UTF-8."""
     ran = run("generate", home / "states", "--prompt", "caf\udce9")
     assert_refused(ran, "--prompt", "UTF-8")
+
+
+def test_a_state_saved_inside_a_character_goes_on_with_it_whole(
+    home: Path,
+    tmp_path: Path,
+    run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = iter("é🙂!".encode())
+    monkeypatch.setattr(Sampling, "draw", lambda *_: torch.tensor([next(written)]))
+    argv, state = ["generate", home / "states"], tmp_path / "a.state"
+    first = run(*argv, "--prompt", "caf", "--max-new-tokens", "1", "--save-state", state)
+    assert first.code == 0 and first.out == "caf\ufffd\n"
+    more = [*argv, "--load-state", state, "--save-state", state, "--max-new-tokens"]
+    assert run(*more, "2").out == "é\ufffd\n"
+    assert run(*more, "2").out == "\ufffd\n"
+    assert run(*more, "2").out == "🙂!\n"

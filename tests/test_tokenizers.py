@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from text_kinds import earlier_bytes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -16,6 +17,7 @@ from statewright.models.tokenizers import (
     byte_tokenizer,
     character_tokenizer,
     load_tokenizer,
+    saved_tokenizer,
 )
 from statewright.token_text import TokenBytes, byte_names, text_stream
 
@@ -155,3 +157,20 @@ def test_streams_keep_the_spaces_of_words() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     assert "".join(streamed(tokenizer, [0, 1, 2, 0])) == "the cats the"
     assert "".join(streamed(tokenizer, [1, 2], context=(0,))) == " cats"
+
+
+@pytest.mark.parametrize("change", ["none", "an added token"])
+def test_a_byte_tokenizer_saved_earlier_loads_as_todays(change: str, tmp_path: Path) -> None:
+    tokenizer = earlier_bytes()
+    tokenizer.chat_template = "{{ messages }}"
+    if change != "none":
+        tokenizer.add_tokens("<pad>")
+    tokenizer.save_pretrained(tmp_path)
+    loaded, text = saved_tokenizer(tmp_path), "café\n🙂"
+    assert (loaded.decode(list(b"hello\xe2 world")) == "hello\ufffd world") is (change == "none")
+    assert loaded(text).input_ids == list(text.encode()) == tokenizer(text).input_ids
+    assert loaded.chat_template == tokenizer.chat_template and len(loaded) == len(tokenizer)
+    assert loaded.all_special_ids == tokenizer.all_special_ids == [256]
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.decode([0x61, 0xE2]) == loaded.decode([0x61, 0xE2])

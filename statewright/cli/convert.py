@@ -24,11 +24,10 @@ def convert(model: str, target: str, output_dir: str, as_json: bool) -> None:
 
     Tokenizer files are copied. What a format cannot express is refused, with the reason.
     """
-    from transformers import AutoTokenizer
-
     from statewright.cli.common import quiet_libraries
     from statewright.models import load
     from statewright.models.load import save_as
+    from statewright.models.tokenizers import saved_tokenizer
 
     quiet_libraries()
     directory, source = Path(output_dir), Path(model)
@@ -38,7 +37,7 @@ def convert(model: str, target: str, output_dir: str, as_json: bool) -> None:
     if target == "statewright":
         net.save_pretrained(directory)
         if (source / "tokenizer_config.json").exists():
-            AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+            saved_tokenizer(source).save_pretrained(directory)
     else:
         save_as(net, target, directory, source)
     found = {"model": model, "mixer": net.config.mixer, "output_dir": output_dir, "to": target}

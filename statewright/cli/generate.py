@@ -155,11 +155,10 @@ def feed_text(session: Any, tokenizer: Any, pieces: Any, advance: Any = None) ->
 def _write(session: Any, tokenizer: Any, prompt: str | None, options: dict[str, Any]) -> None:
     """Stream text to stdout, every character as soon as it is whole."""
     from statewright.token_text import text_stream
-    from statewright.train.data import encode
 
     if prompt:
         sys.stdout.write(prompt)
-    context = next(encode([prompt], tokenizer))[-1:] if prompt else []
+    context = _text_before(session.last_ids[0].tolist(), tokenizer)
     names = ("temperature", "top_k", "top_p", "seed")
     stream = session.stream(
         options["max_new_tokens"],
@@ -170,6 +169,13 @@ def _write(session: Any, tokenizer: Any, prompt: str | None, options: dict[str, 
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _text_before(ids: list[int], tokenizer: Any) -> list[int]:
+    """The end of ids that is text: what follows a special token begins a text."""
+    special = set(tokenizer.all_special_ids)
+    last = max((i for i, token in enumerate(ids) if token in special), default=-1)
+    return ids[last + 1 :]
 
 
 def _begin_id(tokenizer: Any) -> int:

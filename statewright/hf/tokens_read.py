@@ -63,7 +63,7 @@ class TokensRead:
 
     def _fold(self) -> None:
         if self._hash is not None and self._rows is not None:
-            self._hash.values = self._hash.values[:, self._rows.cpu().numpy()]
+            self._hash.select(self._rows.cpu().numpy())
             self._rows = None
         if not self._held:
             return

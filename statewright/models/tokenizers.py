@@ -75,12 +75,26 @@ def load_tokenizer(name: str, text: str = "") -> PreTrainedTokenizerBase:
 
 
 def saved_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with a model; ValueError if it is missing or damaged."""
+    """The tokenizer that was saved with a model; ValueError if it is missing or damaged.
+
+    A byte tokenizer of before 0.1 names its tokens `<0x41>`, and one bad byte undoes a run of its
+    decoder: `byte_tokenizer()`, of the same ids, takes its place.
+    """
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        found = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return _renewed(found)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{directory}: its tokenizer is missing or damaged ({reason})") from error
+
+
+def _renewed(found: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    if found.get_vocab() != {**names, END_OF_TEXT: 256}:
+        return found
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = found.chat_template
+    return tokenizer
 
 
 def _single_characters() -> pre_tokenizers.PreTokenizer:
