@@ -21,7 +21,7 @@ from statewright import (
 from statewright.diagnosis.repair import LENGTHS, ROWS
 
 LENGTH = 8
-TEXT = "the quick brown fox jumps over the lazy dog, and " * 12
+TEXT = "the quick brown fox jumps over the lazy dog, and " * 6
 
 
 @pytest.fixture(scope="module")
