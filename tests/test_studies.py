@@ -243,7 +243,7 @@ def test_the_command_line_runs_resumes_and_draws(tmp_path, capsys) -> None:
     refused = ["study", "listops", "--output", paths["listops"]]
     assert main(refused) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "num_steps=2 (now 2000)" in error
+    assert error.count("\n") == 1 and "--num-steps=2 (now 2000)" in error
     pytest.importorskip("matplotlib")
     _write_train_cost(tmp_path / "train-cost.json")
     for name in [*paths, "train-cost"]:
@@ -319,8 +319,8 @@ def test_bfloat16_is_of_the_products_alone(tmp_path, monkeypatch) -> None:
         (["chomsky", "--task", "parity"], "unknown task 'parity'"),
         (["char-lm", "--text", "no-such-file"], "no-such-file: no such file"),
         (["train-cost", "--system", "rwkv"], "unknown system 'rwkv'"),
-        (["train-cost", "--longest", "8"], "shortest=64, longest=8"),
-        (["listops", "--num-steps", "0"], "num_steps=0, expected at least 1"),
+        (["train-cost", "--longest", "8"], "--shortest=64, --longest=8"),
+        (["listops", "--num-steps", "0"], "--num-steps=0, expected at least 1"),
         (["listops", "--device", "nowhere"], "--device nowhere: cannot be used here"),
         (["listops", "--figure", "a.jpg"], "expected a name that ends in .png"),
     ],
