@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from statewright.signatures import read_options, read_summary
+from statewright.signatures import read_least, read_options, read_summary
 from statewright.spec import parse
 
 
@@ -60,9 +60,19 @@ class Registry(Mapping[str, Any]):
         return next((name for name, known in self.homes.items() if known == home), home)
 
     def check(self, text: str) -> None:
-        """ValueError if the spec's name, or an option's name or type, is none; imports no class."""
+        """ValueError for a wrong name, or an option's wrong name, type or least value.
+
+        Imports no class, so what depends on several options is left to the class.
+        """
         for part in self.parts(text):
-            parse(part, self, self.kind)
+            name, options = parse(part, self, self.kind)
+            least = read_least(self.homes[name]) if name in self.homes else {}
+            for option in options.keys() & least.keys():
+                value = options[option]
+                if isinstance(value, int | float) and not value >= least[option]:
+                    raise ValueError(
+                        f"{self.kind} {name!r}: {option}={value}, expected at least {least[option]}"
+                    )
 
     def parts(self, text: str) -> list[str]:
         """The specs that are joined in one."""

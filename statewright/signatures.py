@@ -14,6 +14,7 @@ from typing import Any
 _ROOT = Path(__file__).parents[1]
 _TORCH_FREE = ("typing", "math", "dataclasses", "pathlib")
 _EMPTY = inspect.Parameter.empty
+_Parameters = dict[str, tuple[inspect.Parameter, dict[str, Any]]]
 
 
 @functools.cache
@@ -23,7 +24,15 @@ def read_options(home: str) -> dict[str, inspect.Parameter]:
     That is a dataclass of ours, or a class whose `__init__`, or that of a base, has defaults.
     """
     module, name = home.split(":")
-    return dict(_read(module).parameters(name))
+    return {option: found for option, (found, _) in _read(module).parameters(name).items()}
+
+
+@functools.cache
+def read_least(home: str) -> dict[str, float]:
+    """The least value of each option whose field's metadata says one: {"least": 1}."""
+    module, name = home.split(":")
+    found = _read(module).parameters(name)
+    return {option: about["least"] for option, (_, about) in found.items() if "least" in about}
 
 
 @functools.cache
@@ -90,7 +99,8 @@ class _Source(Mapping[str, Any]):
     def value(self, node: ast.expr) -> Any:
         return eval(compile(ast.Expression(node), "<signature>", "eval"), {}, self)
 
-    def parameters(self, name: str) -> dict[str, inspect.Parameter]:
+    def parameters(self, name: str) -> _Parameters:
+        """The options of a class, each with its field's metadata."""
         if name not in self.classes:
             home, own = self.imports.get(name, ("", name))
             return _read(home).parameters(own) if home.startswith("statewright.") else {}
@@ -98,19 +108,20 @@ class _Source(Mapping[str, Any]):
         init = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
         if init:
             return self._arguments(init[0].args)
-        found: dict[str, inspect.Parameter] = {}
+        found: _Parameters = {}
         for base in reversed(node.bases):
             found |= self.parameters(base.id) if isinstance(base, ast.Name) else {}
         if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
             found |= self._fields(node)
         return found
 
-    def _arguments(self, arguments: ast.arguments) -> dict[str, inspect.Parameter]:
+    def _arguments(self, arguments: ast.arguments) -> _Parameters:
         plain = list(zip(arguments.args[::-1], arguments.defaults[::-1]))[::-1]
         keyword = [(a, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults) if d]
-        return {a.arg: self._parameter(a.arg, a.annotation, d) for a, d in plain + keyword}
+        given = plain + keyword
+        return {a.arg: (self._parameter(a.arg, a.annotation, d), {}) for a, d in given}
 
-    def _fields(self, node: ast.ClassDef) -> dict[str, inspect.Parameter]:
+    def _fields(self, node: ast.ClassDef) -> _Parameters:
         found = {}
         for line in node.body:
             if not isinstance(line, ast.AnnAssign) or line.value is None:
@@ -121,9 +132,10 @@ class _Source(Mapping[str, Any]):
             if isinstance(default, ast.Call) and ast.unparse(default.func) == "field":
                 options = {k.arg: k.value for k in default.keywords}
                 default = options.get("default")
-            if "metadata" in options and not self.value(options["metadata"]).get("spec", True):
-                continue
-            found[line.target.id] = self._parameter(line.target.id, line.annotation, default)
+            about = self.value(options["metadata"]) if "metadata" in options else {}
+            if about.get("spec", True):
+                name = line.target.id
+                found[name] = self._parameter(name, line.annotation, default), about
         return found
 
     def _parameter(

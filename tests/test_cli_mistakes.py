@@ -13,6 +13,7 @@ import pytest
 
 from statewright.cli import cli
 from statewright.cli.types import Count, Model, Names, Number, Spec, Text
+from statewright.signatures import read_least
 
 # What an option of this name is, wherever it stands: a new verb is held to it unasked.
 NAMED = {"policy": Spec, "policies": Spec, "mixer": Spec, "tasks": Spec, "model": Model}
@@ -49,6 +50,8 @@ def wrong(kind: click.ParamType) -> Iterator[tuple[str, str]]:
             yield f"{name}x", "did you mean"
             option = next(iter(kind.registry.options(name)))
             yield f"{name}:{option}x=1", f"did you mean {option!r}"
+            for option, least in read_least(kind.registry.homes[name]).items():
+                yield f"{name}:{option}={least - 1}", f"expected at least {least}"
         yield f"{next(iter(kind.registry))}:", "expected name:key=value"
         yield "no_such_module:Class", "No module named 'no_such_module'"
     elif isinstance(kind, Names):

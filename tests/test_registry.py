@@ -10,6 +10,7 @@ import pytest
 
 from statewright import spec
 from statewright.catalog import BOUNDS, MIXERS, POLICIES, TASKS
+from statewright.signatures import read_least
 from statewright.tasks import CHOMSKY
 
 REGISTRIES = {"bounds": BOUNDS, "mixers": MIXERS, "policies": POLICIES, "tasks": TASKS}
@@ -24,6 +25,20 @@ def test_options_read_from_source_are_the_class_s_own(kind: str, name: str) -> N
         n: (p.default, p.annotation) for n, p in true.items()
     }
     assert registry.summary(name) == (registry[name].__doc__ or "").split("\n")[0] != ""
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_a_least_value_is_one_that_the_class_refuses_to_go_below(kind: str, name: str) -> None:
+    """What is read from the source beforehand, the class says of itself, too."""
+    registry = REGISTRIES[kind]
+    for option, least in read_least(registry.homes[name]).items():
+        text = f"{name}:{option}={least - 1}"
+        said = f"{option}={least - 1}.*expected"
+        with pytest.raises(ValueError, match=f"{option}={least - 1}, expected at least {least}"):
+            registry.check(text)
+        registry.check(f"{name}:{option}={least}")
+        with pytest.raises(ValueError, match=said):
+            spec.build(text, registry, registry.kind)
 
 
 def test_every_chomsky_task_is_listed() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class ShortContext:
     `length` tokens and each is read from an empty context. Answers: the end of the prompt is read.
     """
 
-    length: int = 0
+    length: int = field(default=0, metadata={"least": 1})
 
     def __post_init__(self) -> None:
         if self.length < 1:

@@ -48,7 +48,7 @@ class Policy:
     False
     """
 
-    every: int = field(default=1, kw_only=True)
+    every: int = field(default=1, kw_only=True, metadata={"least": 1})
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -80,7 +80,7 @@ class Eviction(Policy):
     ['h2o', 'keydiff', 'keynorm', 'lagkv', 'random', 'tova', 'window']
     """
 
-    budget: int | str = 0
+    budget: int | str = field(default=0, metadata={"least": 1})
     needs: ClassVar[Literal["none", "keys", "last_row", "column_sums"]] = "none"
     mark_names: ClassVar[tuple[str, ...]] = ()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -27,7 +27,7 @@ class LagKV(Eviction):
     """
 
     sinks: int = 4
-    lag: int = 128
+    lag: int = field(default=128, metadata={"least": 1})
     needs: ClassVar = "keys"
     mark_names: ClassVar = ("lag",)
 

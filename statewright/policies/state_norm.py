@@ -33,7 +33,7 @@ class StateNorm(RecurrentPolicy):
     """
 
     limit: float | str = "1x"
-    every: int = field(default=64, kw_only=True)
+    every: int = field(default=64, kw_only=True, metadata={"least": 1})
     norms: tuple[Tensor, ...] | None = field(
         default=None, kw_only=True, compare=False, repr=False, metadata={"spec": False}
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -48,7 +48,7 @@ class StateWindow(RecurrentPolicy):
     True
     """
 
-    length: int = 1024
+    length: int = field(default=1024, metadata={"least": 1})
     innermost: ClassVar = True
 
     def __post_init__(self) -> None:
