@@ -266,6 +266,8 @@ class Session:
 
     def _call(self, ids: Tensor, state: State, **options: Any) -> Any:
         policy = "none" if self.policy is None else self.policy
+        if not isinstance(self.model, ForeignModel):
+            options["return_dict"] = True
         return self.model(ids, state=state, logits_to_keep=1, policy=policy, **options)
 
     @torch.no_grad()

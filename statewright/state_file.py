@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from statewright import state as states
+from statewright.precision import device_of
 from statewright.state import State
 
 FORMAT = 1
@@ -130,7 +131,7 @@ def read_state_file(
             )
     state = _rebuild(header["structure"], tensors, _STATE)
     if model is not None:
-        device = next(model.parameters()).device
+        device = device_of(model)
         state = state.to(device)
     beside = {n.removeprefix(_BESIDE): t for n, t in tensors.items() if n.startswith(_BESIDE)}
     return StateFile(

@@ -26,6 +26,7 @@ FLOORS = {
         "ragged",
         "state_file",
         "text_file",
+        "precision",
         "token_hash",
         "token_text",
         "cells",

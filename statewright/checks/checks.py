@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from statewright import ops
 from statewright.checks.runner import OwnRunner, Unsupported, runner_of
+from statewright.precision import device_of, dtype_of
 from statewright.session import Session
 from statewright.state_file import load_state, save_state
 
@@ -236,7 +237,7 @@ def batch(t: Trial) -> float:
 
 def bf16(t: Trial) -> float:
     """The drift that the carried state adds to what bfloat16 costs anyway, in one call."""
-    if next(t.model.parameters()).dtype != torch.float32:
+    if dtype_of(t.model) != torch.float32:
         raise Unsupported("the model is not in float32")
     half = Trial(copy.deepcopy(t.model).to(torch.bfloat16))
     with torch.no_grad():
@@ -268,7 +269,7 @@ def session(t: Trial) -> float:
 
 
 def kernel(t: Trial) -> float:
-    device = next(t.model.parameters()).device
+    device = device_of(t.model)
     if isinstance(t.run, OwnRunner):
         with ops.default_backend("ref"):
             want, _ = t.run.read(t.row)

@@ -14,6 +14,7 @@ from torch import nn
 from statewright.checks.checks import CHECKS, LENGTH, Trial
 from statewright.checks.runner import Unsupported
 from statewright.models.any_model import opened
+from statewright.precision import dtype_of
 
 OK, WRONG, RAISES, UNSUPPORTED = "ok", "WRONG", "raises", "not supported"
 REQUIRED = ("fold", "chunk", "fork", "save")
@@ -113,7 +114,7 @@ def _must_fit(trial: Trial) -> None:
 
 
 def _cell(trial: Trial, name: str) -> Cell:
-    dtype = next(trial.model.parameters()).dtype
+    dtype = dtype_of(trial.model)
     limit = LIMIT if dtype in (torch.float32, torch.float64) else LIMIT_HALF
     try:
         error = CHECKS[name](trial)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from statewright.hf.arguments import is_recurrent
 from statewright.hf.bridge import read_state, write_state
 from statewright.hf.host import RawModel
+from statewright.precision import device_of
 from statewright.state import State
 
 
@@ -54,7 +55,9 @@ class HostRunner:
     def packed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits of several documents in one row; a document begins where positions are 0."""
         self._accepts("position_ids")
-        return self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return self.model(
+            input_ids=ids, position_ids=positions, use_cache=False, return_dict=True
+        ).logits
 
     def _accepts(self, argument: str) -> None:
         """A model that swallows an argument it ignores is tried: its users get no error either."""
@@ -91,14 +94,16 @@ class OwnRunner(HostRunner):
         generator = torch.Generator().manual_seed(seed)
         first = min(3, self.vocabulary - 1)
         ids = torch.randint(first, self.vocabulary, (batch_size, length), generator=generator)
-        return ids.to(next(self.model.parameters()).device)
+        return ids.to(device_of(self.model))
 
     def read(self, ids, cache=None, start=0, mask=None, positions=True, embeds=None):
-        out = self.model(ids, state=cache, attention_mask=mask, inputs_embeds=embeds)
+        out = self.model(
+            ids, state=cache, attention_mask=mask, inputs_embeds=embeds, return_dict=True
+        )
         return out.logits, out.state
 
     def packed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.model(ids, position_ids=positions).logits
+        return self.model(ids, position_ids=positions, return_dict=True).logits
 
     def state(self, cache: Any, seen: int) -> State:
         return cache

@@ -13,6 +13,7 @@ from statewright.diagnosis.schedule import LARGEST_LOGITS
 from statewright.evaluation.losses import nats
 from statewright.models import StatewrightForCausalLM
 from statewright.policies import Policy, build_policy
+from statewright.precision import device_of
 from statewright.state import ModelState
 
 _LARGEST_BATCH = 2**14
@@ -34,7 +35,7 @@ class Runner:
         self.recorder = Recorder()
         self.names = linear_layers(host.model.layers) if self.ours else []
         self._probed = watched(self.policy, self.recorder) if self.names else None
-        self.device = next(iter(host.parameters())).device
+        self.device = device_of(host)
 
     def __call__(self, ids: Tensor, state: ModelState | None = None, watch: bool = False) -> Any:
         ids = ids.to(self.device, torch.long)

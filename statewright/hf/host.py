@@ -21,6 +21,7 @@ from statewright.hf.arguments import NAMES, cache_argument
 from statewright.hf.bounded import BoundedCache
 from statewright.hf.bridge import has_own_cache, read_state, write_state
 from statewright.policies import Eviction, Policy, build_policy, policy_spec
+from statewright.precision import device_of, dtype_of
 from statewright.state import KVState, ModelState, OpaqueState, State, cat
 
 # Error allowed, as a share of the error when the state is ignored; looser where rounding is coarse.
@@ -92,7 +93,7 @@ class RawModel:
             kwargs["position_ids"] = positions
         if keep and "logits_to_keep" in self.takes:
             kwargs["logits_to_keep"] = keep
-        out = self.model(use_cache=True, **kwargs)
+        out = self.model(use_cache=True, return_dict=True, **kwargs)
         logits = out.logits[:, -keep:] if keep else out.logits
         return logits, getattr(out, self.argument, None)
 
@@ -101,7 +102,7 @@ class RawModel:
         size = self.text_config.vocab_size
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(min(3, size - 1), size, (batch_size, length), generator=generator)
-        return ids.to(next(self.model.parameters()).device)
+        return ids.to(device_of(self.model))
 
 
 class ForeignModel:
@@ -128,7 +129,7 @@ class ForeignModel:
 
     def init_state(self, batch_size: int) -> ModelState:
         """Nothing read yet: no layers, since the model makes them when it reads."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         return ModelState(seen=torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def checked(self, policy: Policy | str | None) -> Eviction | None:
@@ -256,7 +257,7 @@ def _try(raw: RawModel) -> Feeding:
             "saved or forked; only generate() works"
         )
     # Many models return float32 logits whatever they compute in.
-    dtype = next(raw.model.parameters()).dtype
+    dtype = dtype_of(raw.model)
     limit = WRONG if dtype in (torch.float32, torch.float64) else _WRONG_HALF
     ignored = _gap(raw(ids[:, cut:], None, cut)[0], whole[:, cut:])
 

@@ -36,7 +36,7 @@ def load_config(path: str | Path, trust_remote_code: bool = False) -> Any:
 def load_causal_lm(
     path: str | Path, dtype: torch.dtype | None = torch.float32, trust_remote_code: bool = False
 ) -> Any:
-    """The model in evaluation mode, in `dtype` (None: the checkpoint's).
+    """The model in evaluation mode, in `dtype` (None: the checkpoint's); outputs have names.
 
     Raises ValueError, besides what `load_config` refuses, for a model that is no causal LM, for
     damaged weights and for weights that are missing (transformers would draw them at random).
@@ -67,6 +67,7 @@ def load_causal_lm(
             f"{path}: {len(missing)} weights are missing, the first {missing[0]!r}; "
             "transformers would draw them at random"
         )
+    model.config.return_dict = True  # tuples are for those who call the model themselves
     return align_weights(model).eval()
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from statewright.hf.arguments import cache_argument
 from statewright.mixers.rope import Turn
 from statewright.policies.simulate import Rule
+from statewright.precision import device_of
 
 # Far enough apart that two bases, scalings or layouts never look alike.
 _POSITIONS = (0, 1, 2, 5, 11, 23, 47, 95)
@@ -114,7 +115,7 @@ def _pass(
     order = iter([] if replayed is None else replayed)
     for layer in layers:
         layer.attend = _listener(layer, probe, None if replayed is None else order)
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     ids = torch.arange(len(_POSITIONS), device=device).remainder(model.config.vocab_size)
     at = torch.tensor([_POSITIONS], device=device)
     given = {cache_argument(model): cache}

@@ -56,6 +56,7 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None) -> Statewrigh
     fit(model, tensors, str(path))
     model.model.norms = read_norms(path)
     _load_generation_config(model, path)
+    model.config.return_dict = True  # tuples are for those who call the model themselves
     return model.eval()
 
 

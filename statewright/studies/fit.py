@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from statewright.mixers.mingru import MinimalMixer
 from statewright.models import StatewrightForCausalLM
 from statewright.ops import state_dtype
+from statewright.precision import device_of
 from statewright.state import ModelState
 from statewright.studies.experiment import Listener
 from statewright.studies.settings import Settings
@@ -162,7 +163,7 @@ class Fit:
     def computing(self) -> torch.autocast:
         """Products in the settings' dtype, in training and in every measurement."""
         bfloat16 = self.settings.dtype == "bfloat16"
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, list, list[float]]:
