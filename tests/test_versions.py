@@ -95,6 +95,13 @@ def test_the_bounds_are_what_passed(script) -> None:
     assert f"<{major}.{minor + 1}" in str(theirs.specifier).split(",")
 
 
+def test_the_newest_torch_that_was_tried_passed(script) -> None:
+    passed = json.loads(script["PASSED"].read_text())["torch"]
+    assert Version(passed["torch"]).base_version == script["TORCH"]
+    for requirement in script["dependencies"]():
+        assert requirement.specifier.contains(passed[requirement.name]), requirement
+
+
 def test_what_make_installs_is_in_the_ranges(script) -> None:
     ranges = {r.name: r.specifier for r in script["dependencies"]()}
     lines = (ROOT / "constraints.txt").read_text().splitlines()
