@@ -36,8 +36,8 @@ PASSED = Path(__file__).with_name("passed.json")
 TORCH = "2.14.1"
 TESTS = (
     "laws generate hf keywords arguments contracts packing positions training_tools compile "
-    "bounded bounded_generate bounded_positions bounded_threads check bridge state_file session "
-    "cli fetch peft quantised"
+    "bounded bounded_generate bounded_positions bounded_threads caches check bridge state_file "
+    "session cli fetch peft quantised"
 ).split()
 TOOLS = ("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6")
 # Extras of the tests above.
