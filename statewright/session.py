@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from statewright.hf.arguments import by_name
 from statewright.hf.host import ForeignModel, as_host
 from statewright.history import History, Snapshot
 from statewright.mixers import Attention, Mixer
@@ -267,7 +268,7 @@ class Session:
     def _call(self, ids: Tensor, state: State, **options: Any) -> Any:
         policy = "none" if self.policy is None else self.policy
         if not isinstance(self.model, ForeignModel):
-            options["return_dict"] = True
+            options |= by_name(self.model)
         return self.model(ids, state=state, logits_to_keep=1, policy=policy, **options)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from statewright.hf.arguments import is_recurrent
+from statewright.hf.arguments import by_name, is_recurrent
 from statewright.hf.bridge import read_state, write_state
 from statewright.hf.host import RawModel
 from statewright.precision import device_of
@@ -56,7 +56,7 @@ class HostRunner:
         """Logits of several documents in one row; a document begins where positions are 0."""
         self._accepts("position_ids")
         return self.model(
-            input_ids=ids, position_ids=positions, use_cache=False, return_dict=True
+            input_ids=ids, position_ids=positions, use_cache=False, **by_name(self.model)
         ).logits
 
     def _accepts(self, argument: str) -> None:
@@ -98,12 +98,12 @@ class OwnRunner(HostRunner):
 
     def read(self, ids, cache=None, start=0, mask=None, positions=True, embeds=None):
         out = self.model(
-            ids, state=cache, attention_mask=mask, inputs_embeds=embeds, return_dict=True
+            ids, state=cache, attention_mask=mask, inputs_embeds=embeds, **by_name(self.model)
         )
         return out.logits, out.state
 
     def packed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.model(ids, position_ids=positions, return_dict=True).logits
+        return self.model(ids, position_ids=positions, **by_name(self.model)).logits
 
     def state(self, cache: Any, seen: int) -> State:
         return cache

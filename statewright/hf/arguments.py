@@ -38,3 +38,9 @@ def is_recurrent(cache: Any) -> bool:
         return True
     linear = getattr(cache, "is_linear", ())
     return len(linear) > 0 and all(linear)
+
+
+def by_name(model: nn.Module) -> dict[str, bool]:
+    """What a call needs so that its output has names; nothing unless the config asks for tuples."""
+    config = getattr(model, "config", None)
+    return {} if getattr(config, "return_dict", True) else {"return_dict": True}

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from statewright.hf.arguments import NAMES, cache_argument
+from statewright.hf.arguments import NAMES, by_name, cache_argument
 from statewright.hf.bounded import BoundedCache
 from statewright.hf.bridge import has_own_cache, read_state, write_state
 from statewright.policies import Eviction, Policy, build_policy, policy_spec
@@ -93,7 +93,7 @@ class RawModel:
             kwargs["position_ids"] = positions
         if keep and "logits_to_keep" in self.takes:
             kwargs["logits_to_keep"] = keep
-        out = self.model(use_cache=True, return_dict=True, **kwargs)
+        out = self.model(use_cache=True, **by_name(self.model), **kwargs)
         logits = out.logits[:, -keep:] if keep else out.logits
         return logits, getattr(out, self.argument, None)
 
