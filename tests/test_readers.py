@@ -11,6 +11,7 @@ from bounded_models import CONFIGS, random_model
 from test_cli import run  # noqa: F401
 from torch import nn
 
+from statewright import diagnose, evaluate
 from statewright.checks.runner import runner_of
 from statewright.models import StatewrightConfig, StatewrightForCausalLM, load
 from statewright.models.tokenizers import byte_tokenizer
@@ -74,6 +75,12 @@ def test_a_users_own_model_may_give_tuples(home: Path) -> None:
     logits, _ = reader.read(ids)
     assert torch.allclose(session.logits, logits[:, -1], atol=1e-5)
     assert torch.allclose(reader.packed(ids, torch.arange(9).unsqueeze(0)), logits, atol=1e-5)
+    text = (home / "text.txt").read_text()
+    assert diagnose(model, text, 32, byte_tokenizer()).text.reading.in_window > 0
+    for task in ("perplexity:length=64:text=" + str(home / "text.txt"), "mqar:pairs=2:length=8"):
+        small = {"vocab": 20, "first": 3} if task.startswith("mqar") else {}
+        spec = ":".join([task, *(f"{k}={v}" for k, v in small.items())])
+        assert evaluate(model, byte_tokenizer(), spec, n=2).n == 2
     assert model.config.return_dict is False and isinstance(model(ids), tuple)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from statewright.diagnosis.gates import Recorder, linear_layers, watched
 from statewright.diagnosis.schedule import LARGEST_LOGITS
 from statewright.evaluation.losses import nats
+from statewright.hf.arguments import by_name
 from statewright.models import StatewrightForCausalLM
 from statewright.policies import Policy, build_policy
 from statewright.precision import device_of
@@ -42,7 +43,8 @@ class Runner:
         if not self.ours:
             return self.host(ids, state)
         policy = self._probed if watch and self._probed is not None else self.policy
-        return self.host(ids, state=state, policy="none" if policy is None else policy)
+        policy = "none" if policy is None else policy
+        return self.host(ids, state=state, policy=policy, **by_name(self.host))
 
     def windows(self, ids: Tensor, look: Callable[[ModelState], None] | None = None) -> Tensor:
         """Losses of windows (rows, L + 1) from an empty state: (rows, L), a few rows at a time.

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from statewright.evaluation.context import Bound, ShortContext, build_bound, short_context_losses
 from statewright.evaluation.losses import token_losses
 from statewright.evaluation.measure import footprint
-from statewright.hf.arguments import CACHE
+from statewright.hf.arguments import CACHE, by_name
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightForCausalLM
 from statewright.policies import build_policy
@@ -211,7 +211,8 @@ def _recalled(model: PreTrainedModel, ids: Tensor, targets: Tensor, manner: Mann
     size = model.config.get_text_config().vocab_size
     if int(ids.max()) >= size or int(targets.max()) >= size:
         raise ValueError(f"evaluate: the task's token ids reach beyond the model's {size}")
-    logits = model(ids, **call_options(model, manner.policy, manner.prefill)).logits
+    options = call_options(model, manner.policy, manner.prefill) | by_name(model)
+    logits = model(ids, **options).logits
     scored = targets != IGNORED
     right = (logits.argmax(-1).cpu() == targets) & scored
     return (right.sum(1).double() / scored.sum(1)).tolist()

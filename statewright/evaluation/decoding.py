@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from statewright.hf.arguments import cache_argument
+from statewright.hf.arguments import by_name, cache_argument
 from statewright.hf.bounded import BoundedCache
 from statewright.policies import Policy, build_policy
 
@@ -46,7 +46,7 @@ def decode(
     cache: Cache = DynamicCache(config=model.config)
     if chosen is not None:
         cache = BoundedCache(model, chosen)
-    given = {cache_argument(model): cache, "use_cache": True}
+    given = {cache_argument(model): cache, "use_cache": True, **by_name(model)}
     out = model(input_ids, logits_to_keep=1, **given)
     seen = input_ids.shape[1]
     for _ in range(num_tokens // every):

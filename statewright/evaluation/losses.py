@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from statewright.hf.arguments import cache_argument
+from statewright.hf.arguments import by_name, cache_argument
 from statewright.hf.bounded import BoundedCache
 from statewright.models import StatewrightForCausalLM
 from statewright.policies import Policy, build_policy
@@ -46,7 +46,7 @@ def losses_into(
 
     The cache may be looked at between the pieces: what it holds then, it would hold token by token.
     """
-    given = {cache_argument(model): cache, "use_cache": True}
+    given = {cache_argument(model): cache, "use_cache": True, **by_name(model)}
     for begin, end in _pieces(input_ids, piece):
         out = model(input_ids[:, begin:end], **given)
         yield nats(out.logits, input_ids[:, begin + 1 : end + 1])
@@ -58,7 +58,7 @@ def _own_losses(
 ) -> Iterator[Tensor]:
     state = None
     for begin, end in _pieces(input_ids, piece):
-        out = model(input_ids[:, begin:end], state=state, policy=policy)
+        out = model(input_ids[:, begin:end], state=state, policy=policy, **by_name(model))
         state = out.state
         yield nats(out.logits, input_ids[:, begin + 1 : end + 1])
 

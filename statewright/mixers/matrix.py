@@ -51,7 +51,8 @@ class MatrixMixer(Mixer):
     def init_state(self, batch_size: int) -> MatrixState:
         like = self.like
         shape = (batch_size, self.num_heads, self.key_size, self.value_size)
-        S = like.new_zeros(shape, dtype=state_dtype(like.dtype))
+        # Not new_zeros: a quantised weight may not know how.
+        S = torch.zeros(shape, dtype=state_dtype(like.dtype), device=like.device)
         seen = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         return self._with_taps(
             MatrixState(S=S, seen=seen), self.conv and self.conv.init_taps(batch_size)
