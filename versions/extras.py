@@ -48,7 +48,7 @@ VERBS: dict[str, list[list[str]]] = {
     ],
     "plot": [_cli(f"{_COPY} --output plot.json --figure plot.png")],
     "sweep": [["-c", _RAY, *f"{_COPY} --output ray.json --seed 0 --seed 1 --parallel ray".split()]],
-    "data": [_cli("data --dataset rows.jsonl --output-dir tokens")],
+    "data": [_cli("data --dataset rows.csv --output-dir tokens")],
     "eval": [_cli("eval runs/base --task squality:data=dev.jsonl:length=200 -n 1")],
     "lm-eval": [
         _cli("lm-eval --model runs/base --tasks statewright_passkey --set length=256 --limit 2")
@@ -83,8 +83,8 @@ def setup(environment: Environment, work: Path) -> None:
     """A text, a model and rows of data in `work`, made without any extra."""
     work.mkdir(parents=True)
     (work / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
-    rows = ({"text": f"document {i} says {i * i}"} for i in range(20))
-    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = "".join(f"document {i} says {i * i}\n" for i in range(20))
+    (work / "rows.csv").write_text(f"text\n{rows}")
     reply = {"uid": "1", "response_text": "A fox jumps."}
     asked = {"question_text": "What happens?", "responses": [reply]}
     story = {"document": "A fox jumps over a dog. " * 40, "questions": [asked]}

@@ -29,7 +29,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 sys.path.insert(0, str(Path(__file__).parent))
-from environment import HOME, ROOT, TREE, Environment, digest, wheel
+from environment import HOME, PACKAGE, ROOT, TREE, Environment, digest, wheel
 from extras import VERBS, check_extra, setup
 
 PASSED = Path(__file__).with_name("passed.json")
@@ -97,7 +97,7 @@ def check_versions(kind: str, ours: str) -> None:
 
 
 def check_one_extra(name: str, ours: str) -> None:
-    environment, ready = bare(ours), HOME / "ready" / Path(ours).parent.name
+    environment, ready = bare(ours), HOME / "ready" / digest(*PACKAGE, "versions")[:16]
     if not ready.is_dir():
         shutil.rmtree(ready.parent, ignore_errors=True)
         setup(environment, ready.with_suffix(".part"))
