@@ -139,7 +139,7 @@ def test_without_the_extra_and_the_file(verb, tmp_path: Path, monkeypatch, capsy
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda n, *r: None if n in absent else known(n, *r)
     )
-    assert main(verb) == 2
+    assert main(verb) == 1
     said = capsys.readouterr().err
     assert "accelerate" in said and "pip install 'statewright[smollm]'" in said
     assert "statewright models get smollm2-135m" in said and said.count("\n") == 1

@@ -16,9 +16,9 @@ _BLOCK = 512
 class TokensRead:
     """The ids that went through a cache, as a hash per row.
 
-    They are hashed a block at a time, so that decoding never waits for the device that they are
-    on. A call whose ids are not seen (inputs_embeds, a compiled one) leaves `length` behind that
-    of the cache, for good: nothing is then known.
+    On a CPU they are hashed at once; elsewhere a block at a time, so that decoding never waits for
+    the device that they are on. A call whose ids are not seen (inputs_embeds, a compiled one)
+    leaves `length` behind that of the cache, for good: nothing is then known.
     """
 
     def __init__(self) -> None:
@@ -40,10 +40,10 @@ class TokensRead:
         """Take in the ids (B, T) of a call; None where it had none."""
         if ids is None or torch.compiler.is_compiling():
             return
-        self._held.append(ids.clone())
+        self._held.append(ids if ids.is_cpu else ids.clone())
         self._width += ids.shape[1]
         self.length += ids.shape[1]
-        if self._width >= _BLOCK:
+        if ids.is_cpu or self._width >= _BLOCK:
             self._fold()
 
     def select(self, rows: Tensor) -> None:
