@@ -97,7 +97,7 @@ def test_a_browser_shows_and_reads_it_without_a_word(traced, tmp_path) -> None: 
     assert found["phone"] == [375, 375] and found["desk"] == [1000, 1000]
     assert found["focused"] and found["hidden"] and found["small"] > 50
     # The first chart is accuracy over lengths: both ends are read out, for every policy.
-    assert found["first"].startswith("tokens 256; none: 0.75 ± 0.1; tova:budget=32: 0.5")
+    assert found["first"].startswith("tokens 256; none: 0.75 [0.1, 0.9]; tova:budget=32: 0.5")
     assert found["last"].startswith("tokens 512; none: 0.75")
     assert found["hovered"].startswith("tokens 256")
     held = found["end"].split()
