@@ -39,7 +39,8 @@ def test_readme_from_a_clone_to_a_page(tmp_path: Path) -> None:
         timeout=_MINUTES * 60,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert "collapse" in ran.stdout and "continuing after 192,620 tokens" in ran.stdout
+    said = ran.stdout + ran.stderr
+    assert "collapse" in said and "continuing after 192,620 tokens" in said
     assert (
         "statewindow" in (empty / "fixed/config.json").read_text()
         or "forgetmore" in (empty / "fixed/config.json").read_text()

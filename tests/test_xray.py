@@ -340,7 +340,7 @@ def test_the_trace_verb(tmp_path, capsys) -> None:
     capsys.readouterr()
     for wrong, said, ends in (
         (["--policy", "tovva:budget=8"], "unknown policy 'tovva'", 2),
-        (["--length", "1"], "--length=1", 1),
+        (["--length", "1"], "--length", 2),
         (["--length", "64", "--every", "0k"], "", 0),
         (["--policy", "forgetmore:decay=0.9"], "forgetmore", 1),
     ):
