@@ -1,32 +1,20 @@
-"""The tutorials: every command is known; run as they stand, pages print what they show."""
+"""The pages of the docs site, run as they stand, print what they show."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
-import shlex
-from collections.abc import Iterator
-from pathlib import Path
+import subprocess
+from typing import TextIO
 
 import pytest
-from test_docs import parsed, take_every_path
+from test_docs import PAGES, VERBS, blocks, commands
 
 from statewright.cli import main
 
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "tutorials").glob("*.md"))
-_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 _NUMBER = r"\d[\d,]*(?:\.\d+)?"
 _PIECE = re.compile(rf"(?P<any>\.\.\.)|(?P<number>{_NUMBER})|(?P<space>\s+)|(?P<rule>[━─]+)")
-
-
-def blocks(page: Path) -> list[tuple[str, str]]:
-    return _BLOCK.findall(page.read_text(encoding="utf-8"))
-
-
-def commands(block: str) -> Iterator[list[str]]:
-    for line in block.splitlines():
-        yield shlex.split(line, comments=True)
 
 
 def differs(shown: str, got: str) -> str | None:
@@ -53,20 +41,6 @@ def differs(shown: str, got: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands_are_known_and_the_first_shows_something(page, monkeypatch) -> None:
-    take_every_path(monkeypatch)
-    found = blocks(page)
-    assert [kind for kind, _ in found[:2]] == ["bash", "text"]
-    for kind, block in found:
-        if kind in ("bash", "sh"):
-            for words in commands(block):
-                assert words[0] == "statewright"
-                parsed(words[1:])
-    for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / picture).stat().st_size < 150_000
-
-
 def test_what_differs_is_seen() -> None:
     shown = "loss  1.25\n...\nstate 2,072 bytes ━━━"
     assert differs(shown, "loss 1.27\na\nb\nstate 2,072 bytes ━━━━━") is None
@@ -76,12 +50,26 @@ def test_what_differs_is_seen() -> None:
     assert "words differ" in (differs(shown, "") or "")
 
 
+def run(words: list[str]) -> int:
+    if words[0] == "statewright":
+        return main(words[1:])
+    other = subprocess.run(words, capture_output=True, text=True)
+    print(other.stdout, end="")
+    return other.returncode
+
+
 def printed(block: str) -> str:
-    """What a terminal shows of the commands, in order."""
+    """What a terminal shows of the commands, in order; `> file` goes there."""
     screen = io.StringIO()
-    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
-        codes = [main(words[1:]) for words in commands(block)]
-    assert not any(codes), screen.getvalue()
+    for words in commands(block):
+        with contextlib.ExitStack() as files:
+            out: TextIO = screen
+            if ">" in words:
+                *words, _, name = words
+                out = files.enter_context(open(name, "w", encoding="utf-8"))
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(screen):
+                code = run(words)
+        assert code == 0, (words, screen.getvalue())
     return screen.getvalue()
 
 
@@ -90,11 +78,13 @@ def printed(block: str) -> str:
 def test_pages_print_what_they_show(page, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "88")
-    output = ""
+    if page in VERBS:
+        printed("statewright demo demo")
+    output = None
     for kind, block in blocks(page):
         if kind == "bash":
             output = printed(block)
-        elif kind == "text":
+        elif kind == "text" and output is not None:
             assert (wrong := differs(block, output)) is None, f"{page.name}: {wrong}"
         elif kind == "python":
             exec(block, {})
