@@ -29,7 +29,7 @@ _LEAST = 12_288
 )
 @click.option("--seed", type=SEED, default=0, show_default=True)
 def quickstart(text: str | None, output_dir: str, seconds: float, seed: int) -> None:
-    """Show, in about two minutes and without a download, what each of the four papers found.
+    """Show, in about a minute and without a download, what each of the four papers found.
 
     \b
     Example: statewright quickstart

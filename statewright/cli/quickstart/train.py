@@ -71,7 +71,7 @@ def train(screen: Screen, run: Any, seconds: float) -> dict[str, Any]:
     }
     screen.say(
         f"{steps} steps by scan: [bold]{run.seconds:.0f} s[/bold]; the same steps token by token: "
-        f"[bold]{found['loop_seconds']:,.0f} s[/bold] ({loop / scan:.0f} times one step, timed)"
+        f"[bold]{found['loop_seconds']:,.0f} s[/bold] (one was timed: {loop / scan:.0f} times)"
     )
     screen.say(
         f"held-out: [bold]{found['bits_per_byte']:.2f}[/bold] bits per byte (8 before training)"
