@@ -57,6 +57,19 @@ def test_a_name_that_no_demo_has(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'demo:collapsed'" in capsys.readouterr().err
 
 
+def test_is_called_by_its_name(tmp_path, capsys) -> None:
+    assert all(demos.called(locate(f"demo:{name}")) == f"demo:{name}" for name in demos.MODELS)
+    assert demos.called(tmp_path / "recall") == str(tmp_path / "recall")
+    out = str(tmp_path / "converted")
+    for words in (
+        ["check", "demo:recall", "--only", "fold"],
+        ["convert", "demo:recall", "--to", "statewright", "--output-dir", out],
+    ):
+        assert main(words) == 0
+        said = capsys.readouterr().out
+        assert "demo:recall" in said and str(tmp_path / "home") not in said
+
+
 def test_writes_a_directory_and_keeps_what_is_there(tmp_path, capsys) -> None:
     target = tmp_path / "demo"
     for _ in range(2):

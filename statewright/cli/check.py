@@ -11,6 +11,7 @@ import click
 
 from statewright.cli.show import Column, console, emit, json_option, table
 from statewright.cli.types import FAMILY, MODEL
+from statewright.demos import called
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 _STYLES = {"ok": "green", "WRONG": "bold red", "raises": "yellow", "not supported": "dim"}
@@ -107,7 +108,7 @@ def _models(model: str | None, options: dict[str, Any]) -> Any:
 
         name = options["dtype"]
         dtype = None if name == "auto" else getattr(torch, name)
-        yield model, load_any(model, dtype, options["trust_remote_code"])
+        yield called(model), load_any(model, dtype, options["trust_remote_code"])
         return
     from statewright.hf.families import FAMILIES, tiny
 

@@ -9,6 +9,7 @@ import click
 from statewright.cli.common import mixers_of
 from statewright.cli.show import json_option, show
 from statewright.cli.types import MODEL
+from statewright.demos import called
 
 
 @click.command()
@@ -40,6 +41,11 @@ def convert(model: str, target: str, output_dir: str, as_json: bool) -> None:
             saved_tokenizer(source).save_pretrained(directory)
     else:
         save_as(net, target, directory, source)
-    found = {"model": model, "mixer": net.config.mixer, "output_dir": output_dir, "to": target}
-    said = f"{source} ({mixers_of(net.config)}) -> {directory} ({target})"
+    found = {
+        "model": called(model),
+        "mixer": net.config.mixer,
+        "output_dir": output_dir,
+        "to": target,
+    }
+    said = f"{called(model)} ({mixers_of(net.config)}) -> {directory} ({target})"
     show(found, as_json, lambda to, _: to.print(said, soft_wrap=True))

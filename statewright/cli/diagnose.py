@@ -12,6 +12,7 @@ import click
 
 from statewright.cli.show import Column, console, emit, json_option, table
 from statewright.cli.types import COUNT, MODEL, POLICY, POSITIVE, TEXT, Names
+from statewright.demos import called
 
 _STYLES = {"healthy": "green", "collapse": "bold red", "amnesia": "bold red", "data": "yellow"}
 
@@ -61,7 +62,7 @@ def diagnose(model: str, text: str, policy: str | None, report: str | None, **op
     runs = [None] if policy is None else [None, policy]
     with _bar(console(stderr=True), ids.shape[1] * len(prompts) * len(runs)) as progress:
         found = [
-            _diagnose(net, ids, train_length, tokenizer, prompts, run, model, progress)
+            _diagnose(net, ids, train_length, tokenizer, prompts, run, called(model), progress)
             for run in runs
         ]
     record = as_record(found, {"text": text, "rows": options["rows"]})
@@ -178,6 +179,6 @@ def _prompts(console: Any, diagnosis: Any) -> None:
 
 def _advise(model: str, text: str, diagnosis: Any, report: str | None) -> None:
     if diagnosis.verdict.name.startswith("collapse"):
-        click.echo(f"next: statewright repair {model} --text {text} --output-dir fixed/")
+        click.echo(f"next: statewright repair {called(model)} --text {text} --output-dir fixed/")
     if report is not None:
         click.echo(f"report: {report}")

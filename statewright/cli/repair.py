@@ -10,6 +10,7 @@ import click
 
 from statewright.cli.show import Column, console, json_option, show, table
 from statewright.cli.types import COUNT, MODEL, POSITIVE, TEXT, Names, Number
+from statewright.demos import called
 
 
 @click.command()
@@ -164,7 +165,9 @@ def _page(
     from statewright.report.diagnosis import page
 
     found = [
-        diagnose(load(model, "float32"), ids, train_length, tokenizer, policy="none", name=model)
+        diagnose(
+            load(model, "float32"), ids, train_length, tokenizer, policy="none", name=called(model)
+        )
     ]
     if directory is not None:
         with warnings.catch_warnings():

@@ -11,6 +11,7 @@ import click
 
 from statewright.cli.show import counted, json_option, show
 from statewright.cli.types import COUNT, MODEL, POLICY, TEXT, Count
+from statewright.demos import called
 
 
 @click.command()
@@ -81,7 +82,7 @@ def trace(
     ids = text_ids(Path(text), tokenizer, length).long()
     tokens = token_labels(tokenizer, ids)
     found = run(net, ids.to(net.device), tokens, policies, every)
-    about: dict[str, Any] = {"model": model, "text": text}
+    about: dict[str, Any] = {"model": called(model), "text": text}
     about |= {"command": " ".join(["statewright", *sys.argv[1:]]), **environment(net.device)}
     _write(output, json.dumps({**about, **found}, separators=(",", ":")) + "\n")
     summary = {"output": output, "tokens": len(tokens), "policies": ["none", *policies]}

@@ -41,10 +41,21 @@ def locate(name: str) -> Path | None:
         hint = f"; did you mean '{PREFIX}{near[0]}'?" if near else ""
         raise ValueError(f"{name}: not one of {', '.join(PREFIX + m for m in MODELS)}{hint}")
     digest = about(known)["sha256"]
-    target = cache_directory() / PREFIX.rstrip(":") / digest[:12] / known
+    target = _unpacked() / digest[:12] / known
     if not target.is_dir():
         _unpack(known, target)
     return target
+
+
+def called(model: str | Path) -> str:
+    """What a user calls a model: `demo:recall` for the directory that holds it, else itself."""
+    path = Path(model)
+    ours = path.name in MODELS and path.parent.parent == _unpacked()
+    return PREFIX + path.name if ours else str(model)
+
+
+def _unpacked() -> Path:
+    return cache_directory() / PREFIX.rstrip(":")
 
 
 def about(model: str) -> dict[str, Any]:
