@@ -246,4 +246,9 @@ def test_shape_of_130m(tmp_path: Path) -> None:
     )  # fmt: skip
     theirs = Mamba2ForCausalLM(config)
     ids = torch.randint(50000, (1, 300))
-    close(load(saved(theirs, tmp_path))(ids).logits, theirs(ids).logits, 2e-4)
+    ours = load(saved(theirs, tmp_path))
+    found, want = ours(ids).logits.double(), theirs(ids).logits.double()
+    exact = ours.double()(ids).logits
+    close(found, exact, 5e-5)
+    # transformers' own rounding: 2.5e-4 on an AMD EPYC.
+    close(want, exact, 5e-4)
