@@ -60,14 +60,14 @@ def recall(screen: Screen, directory: Path, seconds: float, seed: int = 0) -> di
         num_steps=steps, learning_rate=_RATE, weight_decay=0.1, eval_every=steps, save_every=steps
     )
     for name, model in (("same", small), ("expanded", large)):
-        run = _Further(model, settings, seed, _batch(seed), _numbers, directory / f"{name}.work")
-        run.train()
-        found[name] = _scores(model)
+        run = _Further(model, settings, seed, _batch(seed), _scores, directory / f"{name}.work")
+        last = run.train()
+        found[name] = {str(pairs): last[str(pairs)] for pairs in PAIRS}
     large.save_pretrained(directory / "expanded")
     byte_tokenizer().save_pretrained(directory / "expanded")
     found["steps"] = steps
     rows = [
-        [label, *(f"{100 * found[key][pairs]:.0f} %" for pairs in PAIRS)]
+        [label, *(f"{100 * found[key][str(pairs)]:.0f} %" for pairs in PAIRS)]
         for label, key in (
             ("before", "before"),
             (f"{steps} steps on, the same state", "same"),
@@ -88,12 +88,8 @@ def _batch(seed: int) -> Any:
     return draw
 
 
-def _scores(model: Any) -> dict[int, float]:
-    return {task.pairs: accuracy(model, [task], _TESTED, _TESTED)["accuracy"] for task in tasks()}
-
-
-def _numbers(model: Any) -> dict[str, float]:
-    return {str(pairs): share for pairs, share in _scores(model).items()}
+def _scores(model: Any) -> dict[str, float]:
+    return {f"{t.pairs}": accuracy(model, [t], _TESTED, _TESTED)["accuracy"] for t in tasks()}
 
 
 def _apart(small: Any, large: Any) -> float:
